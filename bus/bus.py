@@ -1,0 +1,224 @@
+"""The facade: wires the parts of one process and delegates to them. No logic lives here."""
+
+import os
+from collections.abc import AsyncIterator, Iterable
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Self
+
+import redis.asyncio
+
+from bus.config import MAX_EVENT_BYTES, PRODUCER_MEMORY_S, PUBLISH_TIMEOUT_S, checked_number
+from bus.delivery import Envelope
+from bus.errors import DeclarationError, NotSupported
+from bus.event import Event
+from bus.history.event_store import history
+from bus.history.position import Position
+from bus.publisher import Publisher, Receipt
+from bus.streams.codec import Headers
+from bus.streams.connection import (
+    Server,
+    Standalone,
+    call_after_fork,
+    check_server,
+    forget_after_fork,
+    parse_url,
+)
+from bus.streams.stream import StreamStore
+from bus.streams.topics import TopicTable
+from bus.telemetry import Telemetry
+from bus.topic import Topic
+
+DEFAULT_URL = "redis://localhost:6379/0"
+
+
+class Bus:
+    """An event bus on one server; made by `Bus.connect`. Belongs to one event loop."""
+
+    def __init__(
+        self,
+        server: Server,
+        topics: Iterable[Topic],
+        *,
+        publish_timeout_s: float,
+        max_event_bytes: int,
+        source: str | None,
+        allow_eviction: bool,
+    ) -> None:
+        self.telemetry = Telemetry()
+        self._server = server
+        self._declared = tuple(topics)
+        self._allow_eviction = allow_eviction
+        self._settings: dict[str, Any] = {
+            "publish_timeout_s": publish_timeout_s,
+            "max_event_bytes": max_event_bytes,
+            "source": source,
+        }
+        self._abandoned: list[object] = []
+        self._wire()
+        self._open = True
+        call_after_fork(self._after_fork)
+
+    @classmethod
+    def connect(
+        cls,
+        url: str | None = None,
+        *,
+        topics: Iterable[Topic] = (),
+        publish_timeout_s: float = PUBLISH_TIMEOUT_S,
+        max_event_bytes: int = MAX_EVENT_BYTES,
+        source: str | None = None,
+        durability: str = "fast",
+        allow_eviction: bool = False,
+    ) -> "Bus":
+        """Return a bus; `async with` checks the server and closes it in the end.
+
+        url: redis://[user:password@]host[:port][/db], rediss:// (TLS), unix:///path; by default
+            the environment's BUS_URL, else redis://localhost:6379/0.
+        topics: declarations of this process; a topic nobody declared has one partition.
+        publish_timeout_s: after this a publish fails, in seconds; below 300, half of how long the
+            server remembers a batch.
+        max_event_bytes: largest entry, all its fields together.
+        source: CloudEvents `source` of everything published here.
+        durability: "fast"; the others are not part of this release.
+        allow_eviction: accept a server whose memory policy may delete streams.
+        Errors: DeclarationError, NotSupported; entering the block: the ServerError family.
+        """
+        if durability != "fast":
+            raise NotSupported(f"durability {durability!r} is not part of this release")
+        checked_number(publish_timeout_s, "publish_timeout_s", 0.01, PRODUCER_MEMORY_S / 2 - 0.001)
+        checked_number(max_event_bytes, "max_event_bytes", 64, 8 * 1024 * 1024, whole=True)
+        address = parse_url(url or os.environ.get("BUS_URL") or DEFAULT_URL)
+        if isinstance(topics, str):
+            raise DeclarationError("topics is a list of Topic(...), not a string")
+        return cls(
+            Standalone(address),
+            topics,
+            publish_timeout_s=publish_timeout_s,
+            max_event_bytes=max_event_bytes,
+            source=source,
+            allow_eviction=allow_eviction,
+        )
+
+    def _wire(self) -> None:
+        self.store = StreamStore(self._server, self.telemetry)
+        self.topics = TopicTable(self.store, self._declared, self.telemetry)
+        self._publisher = Publisher(self.store, self.topics, self.telemetry, **self._settings)
+        self._redis: redis.asyncio.Redis | None = None
+
+    def _after_fork(self) -> None:
+        """Start afresh in a forked child: its parent's sockets and sequences are not its own.
+
+        The old parts are kept, not closed: closing a socket registered with the parent's event
+        loop would unregister it there too, since both processes share the epoll descriptor.
+        """
+        self._abandoned.append((self.store, self.topics, self._publisher, self._redis))
+        self._wire()
+
+    # --- life
+
+    async def ready(self) -> None:
+        """Connect and check the server: version, rights, eviction. Errors: ServerError family."""
+        await check_server(self.store.commands, self._server, allow_eviction=self._allow_eviction)
+
+    async def close(self) -> None:
+        """Wait for what is being published, then close all connections."""
+        if not self._open:
+            return
+        self._open = False
+        forget_after_fork(self._after_fork)
+        await self._publisher.close()
+        await self.store.close()
+        if self._redis is not None:
+            await self._redis.aclose()
+
+    async def __aenter__(self) -> Self:
+        """Connect and check the server."""
+        try:
+            await self.ready()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<Bus {self._server.redacted}>"
+
+    # --- publishing
+
+    async def publish(
+        self,
+        event: Event,
+        *,
+        event_id: str | None = None,
+        time: datetime | None = None,
+        source: str | None = None,
+        correlation_id: str | None = None,
+        causation_id: str | None = None,
+        traceparent: str | None = None,
+        tracestate: str | None = None,
+    ) -> Receipt:
+        """Append one event to its topic and return where it is.
+
+        The events of one stream that are published at the same time share one script call
+        (up to 500 events or 1 MiB), and are appended in the order of the calls. What a handler
+        publishes carries its delivery's ids and an event id that a retry makes again.
+
+        time: when it happened, with a zone; by default the append time.
+        Errors: InvalidEvent and EventTooLarge before anything is sent; PublishTimeout (certainly
+        not published) and PublishUnknown (perhaps) after `publish_timeout_s`; ServerError.
+        """
+        given = (source, time, correlation_id, causation_id, traceparent, tracestate)
+        headers = None if given == _NOTHING else Headers(*given)
+        return await self._publisher.publish(event, event_id, headers)
+
+    async def publish_many(
+        self, events: Iterable[Event], *, source: str | None = None
+    ) -> list[Receipt]:
+        """Append events, all or nothing per stream; the receipts are in the order of `events`.
+
+        At most 5,000 events or 8 MiB for one stream. Errors: as `publish`; nothing is sent
+        unless all events are valid. When one stream of several fails the error carries a note.
+        """
+        return await self._publisher.publish_many(
+            events, None if source is None else Headers(source=source)
+        )
+
+    # --- looking back
+
+    def history(
+        self,
+        topic: str,
+        since: Position = None,
+        until: Position = None,
+        types: Iterable[str | type[Event]] | None = None,
+    ) -> AsyncIterator[Envelope]:
+        """Iterate over what is kept of `topic`, in the order of entry ids over all partitions.
+
+        since, until: both included; an entry id, ms, datetime, ISO 8601, "@-2h", "start", "end".
+        types: event classes, names or patterns; by default all.
+        XRANGE, 500 entries a page. Events are decoded when `envelope.event` is asked for.
+        Errors: DeclarationError for a bad position or pattern; ServerError.
+        """
+        return history(self.store, self.topics, topic, since, until, types)
+
+    # --- the application's own state
+
+    @property
+    def redis(self) -> redis.asyncio.Redis:
+        """A plain redis.asyncio client on its own pool (50 connections, bytes, no retries)."""
+        if self._redis is None:
+            self._redis = self._server.client()
+        return self._redis
+
+
+_NOTHING = (None,) * 6

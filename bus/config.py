@@ -1,0 +1,67 @@
+"""Every default of the library, each in one place with its unit and its reason."""
+
+import re
+
+from bus.errors import DeclarationError
+
+# --- publishing
+MAX_EVENT_BYTES = 256 * 1024  # an event is news, not the document: larger data belongs elsewhere
+PUBLISH_TIMEOUT_S = 30.0  # long enough for a failover, short enough for a caller to be told
+PRODUCER_MEMORY_S = 600  # how long the server remembers a publisher's last batch
+BATCH_EVENTS = 500  # events one append takes; beyond it the server gains nothing and others wait
+BATCH_BYTES = 1024 * 1024  # the same bound for large events
+UNIT_EVENTS = 5_000  # the largest atomic publish_many; the server is busy for about 10 ms
+UNIT_BYTES = 8 * 1024 * 1024
+
+# --- connections
+CONNECT_TIMEOUT_S = 5.0
+REPLY_TIMEOUT_S = 10.0  # a command without BLOCK that takes longer: the connection is given up
+BLOCK_MS = 2_000  # the longest a read waits on the server, hence the slowest stop without UNBLOCK
+
+# --- handling
+MAX_ATTEMPTS = 5
+CONCURRENCY = 16
+VISIBILITY_S = 30.0  # a delivery nobody renewed for this long belongs to whoever takes it
+LEASE_S = 15.0  # a worker not heard of for this long is dead
+LEASE_RENEW_S = 5.0  # a third of it: two renewals may be lost
+GRACE_S = 20.0  # what a handler gets to finish at shutdown; below the usual 30 s of orchestrators
+READ_COUNT = 500  # entries per read; the measured optimum (250-500)
+READ_BYTES = 1024 * 1024  # aim per read, by the running mean of entry sizes
+IN_HAND_S = 0.020  # read ahead while what is in hand is less work than this
+WAITED_S = 1.0  # what waited longer without starting is handed back
+SLOT_TURN_S = 0.005  # a slot lets others run at least this often
+MAX_DECODE_BYTES = 8 * 1024 * 1024  # no publisher of ours writes more; tiny msgpack can swell x65
+UNKNOWN_TYPE_PARK_S = 300.0  # an unknown type waits for the deployment that brings it...
+UNKNOWN_TYPE_MAX_AGE_S = 86_400.0  # ...for a day after it was published
+SWEEP_S = 1.0  # safety net for retries and crashed workers
+SWEEP_LEASE_MS = 2_000
+JANITOR_S = 30.0
+VERDICTS_PER_CALL = 500  # bounds how long one script keeps the server busy
+PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is above
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def checked_name(name: object, what: str) -> str:
+    """Return `name` if it may stand in a Redis key, else raise DeclarationError.
+
+    Topic, group and worker names: 1 to 100 of A-Z a-z 0-9 . _ - , the first a letter or digit.
+    Braces, colons and spaces would break hash tags, access lists and log lines.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise DeclarationError(
+            f"{what} {name!r} is not valid: 1 to 100 letters, digits, '.', '_' or '-',"
+            " starting with a letter or digit"
+        )
+    return name
+
+
+def checked_number(
+    value: float, what: str, low: float, high: float, *, whole: bool = False
+) -> float:
+    """Return `value` if it is a number in [low, high], else raise DeclarationError."""
+    wrong_type = isinstance(value, bool) or not isinstance(value, int if whole else (int, float))
+    if wrong_type or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise DeclarationError(f"{what} must be {kind} from {low:g} to {high:g}, not {value!r}")
+    return value

@@ -1,0 +1,274 @@
+"""The life of an event in one group. Everything that can become of a delivery stands here.
+
+State is a place that `redis-cli` can show:
+
+| state | where it lives | leaves by |
+|---|---|---|
+| appended | the stream, id above the group's last-delivered-id | `XREADGROUP >` |
+| running | pending, owner = a worker's consumer, renewed while held | a verdict, below |
+| parked | pending, owner = the lane `parked:<ms>`: the server time at which all of it is due; \
+idle = time since the failure; the delivery count stays | due: taken by a worker, count + 1 |
+| orphaned | pending, owner = a worker whose lease is gone, or idle >= visibility | reclaim |
+| acked | in the stream only | trim |
+| dead-lettered | the group's dead-letter stream, with the reason | redrive or purge |
+| lost | a pending id whose entry was trimmed by hand | acked, counted, told; never silent |
+
+A *verdict* ends an attempt. The executor decides it (`worker/executor.py`, no I/O); the consumer
+applies it in batches (`worker/consumer.py`), by scripts that do nothing unless the entry is
+still pending *and still this worker's*:
+
+    Ack         the handler returned, or the type was not asked for        XACK
+    Park        it raised, or said RetryLater, or the type is not known    XCLAIM to a lane
+    DeadLetter  attempts used up, Reject, undecodable, crashed             XADD dead + XACK
+    HandBack    never started, or cut off by shutdown                      XCLAIM to `parked:0`
+
+The delivery count of the pending list is the attempt number, for failures and crashes alike.
+Reading and taking from a lane raise it; parking without using an attempt and handing back lower
+it; reclaiming leaves it, and *starting* a reclaimed entry raises it. So a crash counts against
+what was running, and entries that were only fetched lose at most one attempt.
+"""
+
+import logging
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Generic, Protocol, TypeVar
+
+from bus.event import Event
+
+E_co = TypeVar("E_co", bound=Event, covariant=True)
+
+
+# --- verdicts: decided in one place, applied in another
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Handled. `skipped`: acked because the handler did not ask for the type."""
+
+    skipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """Not now: wait `delay_s` seconds in a lane. `error` is None when no attempt is used up."""
+
+    delay_s: float
+    error: "Failure | None" = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """Never: move to the dead letters.
+
+    reason: `failed` (attempts used up), `rejected`, `undecodable`, `newer-version`, `crashed`.
+    """
+
+    reason: str
+    error: "Failure"
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """Unstarted, or cut off by a shutdown: any worker may take it at once, no attempt used."""
+
+
+Verdict = Ack | Park | DeadLetter | HandBack
+ACK = Ack()
+SKIP = Ack(skipped=True)
+HAND_BACK = HandBack()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong in an attempt.
+
+    type: name of the exception class. text: its message. where: `file:line function` of the
+    innermost frame outside the bus. traceback: as Python prints it; both may be empty.
+    """
+
+    type: str
+    text: str
+    where: str = ""
+    traceback: str = field(default="", repr=False)
+
+
+# --- what is delivered
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """An event with everything that travels beside it.
+
+    event_id: the publisher's id, the same in every group and on every retry.
+    type, version: of the event. stream, entry_id: where it lies.
+    key: what decided the partition, None if the event has none.
+    time: UTC; when it happened, or when it was appended if the publisher did not say.
+    correlation_id, causation_id: the ids of the first event of the chain, and of its cause.
+    data: the encoded event. `event` decodes it, each time it is asked for.
+    """
+
+    event_id: str
+    type: str
+    version: int
+    stream: str
+    entry_id: str
+    time: datetime
+    key: str | None = None
+    source: str | None = None
+    correlation_id: str | None = None
+    causation_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    data: bytes = field(default=b"", repr=False)
+    _decode: Callable[[bytes], Event] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def event(self) -> Event:
+        """The decoded event. Errors: Undecodable, UnknownEventType."""
+        if self._decode is None:
+            raise ValueError("an envelope made by hand has no event to decode")
+        return self._decode(self.data)
+
+
+class Publishes(Protocol):
+    """What a delivery knows of the bus: that one can publish with it."""
+
+    async def publish(self, event: Event, /) -> Any:
+        """Publish one event."""
+
+    async def publish_many(self, events: Any, /) -> Any:
+        """Publish several events."""
+
+    @property
+    def redis(self) -> Any:
+        """A plain redis.asyncio client."""
+
+
+@dataclass(slots=True, eq=False)
+class Origin:
+    """What all deliveries of one stream to one group share."""
+
+    group: str
+    stream: str
+    bus: Publishes
+    open_envelope: Callable[["Delivery[Any]"], Envelope]
+    state: Any = None
+
+
+class Delivery(Generic[E_co]):
+    """An entry handed to a group for the n-th time.
+
+    A handler's second argument. `attempt` is 1 for the first. After the handler has returned or
+    raised, the delivery is settled and what is published no longer belongs to it.
+    """
+
+    __slots__ = (
+        "_envelope",
+        "attempt",
+        "checked_at",
+        "entry_id",
+        "event",
+        "fields",
+        "ordinals",
+        "origin",
+        "received_at",
+        "reclaimed",
+        "settled",
+    )
+
+    event: E_co
+
+    def __init__(
+        self,
+        origin: Origin,
+        entry_id: bytes,
+        fields: list[bytes],
+        attempt: int,
+        checked_at: float,
+        *,
+        reclaimed: bool = False,
+    ) -> None:
+        self.origin = origin
+        self.entry_id = entry_id
+        self.fields = fields
+        self.attempt = attempt
+        self.checked_at = checked_at  # loop time at which it was last known to be ours
+        self.received_at = checked_at
+        self.reclaimed = reclaimed
+        self.settled = False
+        self.ordinals: dict[tuple[str, str], int] | None = None
+        self._envelope: Envelope | None = None
+
+    @property
+    def envelope(self) -> Envelope:
+        """The event's headers and place; made when first asked for."""
+        if self._envelope is None:
+            self._envelope = self.origin.open_envelope(self)
+        return self._envelope
+
+    @property
+    def group(self) -> str:
+        """The handler's group."""
+        return self.origin.group
+
+    @property
+    def bus(self) -> Any:
+        """The bus; what is published through it while handling is marked as caused by this."""
+        return self.origin.bus
+
+    @property
+    def state(self) -> Any:
+        """What the package's `lifespan` yielded."""
+        return self.origin.state
+
+    @property
+    def logger(self) -> "logging.LoggerAdapter[logging.Logger]":
+        """A logger whose records carry group, stream, entry id, event id and attempt."""
+        return logging.LoggerAdapter(
+            logging.getLogger(f"bus.handler.{self.group}"),
+            {
+                "group": self.group,
+                "stream": self.origin.stream,
+                "entry_id": self.entry_id.decode(),
+                "event_id": self.envelope.event_id,
+                "attempt": self.attempt,
+            },
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"<Delivery {self.entry_id.decode()} of {self.origin.stream}"
+            f" to {self.group}, attempt {self.attempt}>"
+        )
+
+
+# What is being handled in this context; set by the slot for each call, void once it is settled.
+current_delivery: ContextVar[Delivery[Any] | None] = ContextVar("current_delivery", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLettered:
+    """What `on_dead` is told: the delivery that is about to become a dead letter, and why."""
+
+    delivery: Delivery[Any]
+    reason: str
+    error: Failure
+
+    @property
+    def envelope(self) -> Envelope:
+        """The entry's headers. Errors: Undecodable when the entry has none."""
+        return self.delivery.envelope
+
+    @property
+    def event(self) -> Event:
+        """The decoded event. Errors: Undecodable, UnknownEventType."""
+        return self.delivery.envelope.event
+
+
+def entry_time(entry_id: bytes | str) -> datetime:
+    """Return the UTC time at which the server appended the entry (its id counts ms)."""
+    ms = entry_id.partition(b"-" if isinstance(entry_id, bytes) else "-")[0]  # type: ignore[arg-type]
+    return datetime.fromtimestamp(int(ms) / 1000, UTC)

@@ -1,0 +1,111 @@
+"""Every error this library raises, and what the caller can do about it.
+
+BusError
+├── DeclarationError          the program is wrong: an event, topic, handler, setting; fix it
+│   ├── NotSupported          the thing asked for is not part of this release
+│   └── TopicMismatch         two processes declare one topic differently; make them agree
+├── InvalidEvent              this event can never be published; nothing was sent
+│   └── EventTooLarge         its entry is above `max_event_bytes`; publish a reference to the data
+├── Undecodable               an entry's bytes are not the event its type says (reading side)
+│   └── UnknownEventType      no class for this type and version is known to this process
+├── ServerError               the server cannot be used as it is; the text names the remedy
+│   ├── ServerUnreachable     nobody answers at the address
+│   ├── AuthenticationFailed  wrong or missing user or password
+│   ├── PermissionDenied      the user may not run a command that is needed
+│   ├── ServerUnsuitable      too old, or it may evict streams
+│   └── WrongKeyType          a key that should be a stream holds something else
+└── PublishError              a publish did not end well
+    ├── PublishTimeout        not published: nothing was sent, or the server refused it to the end
+    └── PublishUnknown        sent, and no answer came in time: it may have been published
+
+`Reject` and `RetryLater` are not errors of the bus: a handler raises them to end its attempt.
+"""
+
+
+class BusError(Exception):
+    """Root of all errors of this library."""
+
+
+class DeclarationError(BusError):
+    """An event class, topic, handler, pattern, name or setting is not valid."""
+
+
+class NotSupported(DeclarationError):
+    """The URL scheme or parameter is not part of this release."""
+
+
+class TopicMismatch(DeclarationError):
+    """The declared partition count of a topic contradicts the recorded one."""
+
+
+class InvalidEvent(BusError):
+    """The event cannot be encoded as its class declares; nothing was sent."""
+
+
+class EventTooLarge(InvalidEvent):
+    """The encoded event is above `max_event_bytes`; nothing was sent."""
+
+
+class Undecodable(BusError):
+    """The bytes of an entry are not the event that its type field names."""
+
+
+class UnknownEventType(Undecodable):
+    """No event class for this type and version is known to this process."""
+
+
+class ServerError(BusError):
+    """The server cannot be used as it is configured."""
+
+
+class ServerUnreachable(ServerError):
+    """Nobody answers at the address."""
+
+
+class AuthenticationFailed(ServerError):
+    """The server refused the user or password."""
+
+
+class PermissionDenied(ServerError):
+    """The server's access list forbids a command that the bus needs."""
+
+
+class ServerUnsuitable(ServerError):
+    """The server is too old, or its memory policy may evict streams."""
+
+
+class WrongKeyType(ServerError):
+    """A key that should hold a stream holds another type; it is never deleted by the bus."""
+
+
+class PublishError(BusError):
+    """A publish did not end well."""
+
+
+class PublishTimeout(PublishError):
+    """The event was certainly not published within `publish_timeout_s`."""
+
+
+class PublishUnknown(PublishError):
+    """The event was sent, and whether it was published is not known."""
+
+
+class Reject(Exception):
+    """Raised by a handler: this delivery can never succeed, dead-letter it now."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class RetryLater(Exception):
+    """Raised by a handler: not now; park the delivery, using up no attempt.
+
+    `delay_s` is in seconds, 0 or more.
+    """
+
+    def __init__(self, delay_s: float) -> None:
+        if not 0 <= delay_s <= 365 * 86_400:
+            raise ValueError(f"RetryLater takes 0 to 31,536,000 seconds, not {delay_s!r}")
+        super().__init__(f"retry in {delay_s} s")
+        self.delay_s = delay_s

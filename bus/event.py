@@ -1,0 +1,248 @@
+"""What happened: event classes, their names, and how types are matched by pattern.
+
+    class DocumentCreated(Event, type="document.created", version=2, key="document_id"):
+        document_id: str
+        title: str
+
+An event is a frozen msgspec Struct with keyword-only fields. The class keywords say how it
+travels; they are no fields, so an event may have fields named `type` or `key`:
+
+    type      dotted name, `family.what_happened`; a class without it is a base for others
+    version   whole number from 1; raise it only for changes that old readers cannot take
+    key       name of the field whose value decides the partition, hence the order
+    topic     where it is kept, if not the first segment of its type
+    encoding  "json" (default, readable with redis-cli) or "msgpack"
+
+Classes are known process-wide by (type, version). No I/O happens here.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
+
+import msgspec
+from msgspec import StructMeta, inspect
+
+from bus.config import checked_name, checked_number
+from bus.errors import DeclarationError, UnknownEventType
+
+Encoding = Literal["json", "msgpack"]
+
+_TYPE = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*(\.[a-zA-Z0-9_-]+)+")
+_PATTERN = re.compile(r"(\*|[a-zA-Z][a-zA-Z0-9_-]*)(\.(\*|[a-zA-Z0-9_-]+))*")
+
+
+class EventInfo:
+    """How one event class travels; made once, when the class is declared."""
+
+    def __init__(
+        self,
+        cls: "type[Event]",
+        type: str,
+        version: int,
+        key: str | None,
+        topic: str,
+        encoding: Encoding,
+    ) -> None:
+        self.cls = cls
+        self.type = type
+        self.version = version
+        self.key = key
+        self.topic = topic
+        self.encoding: Encoding = encoding
+        codec = msgspec.json if encoding == "json" else msgspec.msgpack
+        self.encode: Callable[[Any], bytes] = codec.Encoder().encode
+
+    @cached_property
+    def decode(self) -> "Callable[[bytes], Event]":
+        """The strict decoder of the class; made late, when all annotations can be resolved."""
+        codec = msgspec.json if self.encoding == "json" else msgspec.msgpack
+        decode: Callable[[bytes], Event] = codec.Decoder(self.cls).decode
+        return decode
+
+    @cached_property
+    def may_hold_floats(self) -> bool:
+        """Whether any field can hold a float, so that NaN and Infinity must be looked for."""
+        return _may_hold_floats(inspect.type_info(self.cls), set())
+
+    def __repr__(self) -> str:
+        return f"<{self.type} v{self.version}>"
+
+
+_known: dict[tuple[str, int], EventInfo] = {}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
+class EventMeta(StructMeta):
+    """Metaclass of Event: takes the travel keywords, which msgspec itself refuses."""
+
+    def __new__(  # noqa: PYI034 - a metaclass makes classes of its own kind
+        mcs,
+        name: str,
+        bases: tuple[type, ...],
+        namespace: dict[str, Any],
+        /,
+        *,
+        type: str | None = None,
+        version: int = 1,
+        key: str | None = None,
+        topic: str | None = None,
+        encoding: Encoding | None = None,
+        **struct_options: Any,
+    ) -> "EventMeta":
+        """Make the Struct class and, if it has a type, make it known process-wide."""
+        for option, required in (("frozen", True), ("kw_only", True)):
+            if struct_options.setdefault(option, required) is not required:
+                raise DeclarationError(f"{name}: events are always {option}")
+        for option in ("tag", "tag_field", "array_like"):
+            if struct_options.get(option):
+                raise DeclarationError(
+                    f"{name}: {option!r} does not go with events; the type travels in its own field"
+                )
+        cls: Any = super().__new__(mcs, name, bases, namespace, **struct_options)
+        travel: dict[str, Any] = {
+            "key": key or _inherited(bases, "key"),
+            "topic": topic or _inherited(bases, "topic"),
+            "encoding": encoding or _inherited(bases, "encoding") or "json",
+        }
+        cls.__event_travel__ = travel
+        cls.__event_info__ = None
+        if type is not None:
+            cls.__event_info__ = _declare(cls, type, version, **travel)
+        return cls  # type: ignore[no-any-return]
+
+
+def _inherited(bases: tuple[type, ...], what: str) -> Any:
+    for base in bases:
+        value = getattr(base, "__event_travel__", {}).get(what)
+        if value is not None:
+            return value
+    return None
+
+
+class Event(msgspec.Struct, metaclass=EventMeta):
+    """Base of all events: frozen, keyword-only, hashable, tolerant of unknown fields.
+
+    Errors: DeclarationError for a bad type, version, key, topic or encoding, and for a second
+    class with the same type and version.
+    """
+
+    __event_info__: ClassVar[EventInfo | None]
+    __event_travel__: ClassVar[dict[str, Any]]
+
+    if TYPE_CHECKING:
+
+        def __init_subclass__(
+            cls,
+            *,
+            type: str | None = None,
+            version: int = 1,
+            key: str | None = None,
+            topic: str | None = None,
+            encoding: Encoding | None = None,
+        ) -> None: ...
+
+
+def _declare(
+    cls: type[Event],
+    type: str,
+    version: int,
+    key: str | None,
+    topic: str | None,
+    encoding: Encoding,
+) -> EventInfo:
+    name = cls.__qualname__
+    if not isinstance(type, str) or not _TYPE.fullmatch(type) or len(type) > 100:  # noqa: PLR2004
+        raise DeclarationError(
+            f"{name}: type {type!r} is not a dotted name such as 'document.created'"
+        )
+    checked_number(version, f"{name}: version", 1, 1_000_000, whole=True)
+    if key is not None and key not in cls.__struct_fields__:
+        raise DeclarationError(f"{name}: key {key!r} is no field of the event")
+    if encoding not in ("json", "msgpack"):
+        raise DeclarationError(f"{name}: encoding is 'json' or 'msgpack', not {encoding!r}")
+    topic = checked_name(topic or type.partition(".")[0], f"{name}: topic")
+    info = EventInfo(cls, type, version, key, topic, encoding)
+    other = _known.get((type, version))
+    # The same class again is a module that was reloaded, not a conflict.
+    if other is not None and _place(other.cls) != _place(cls):
+        raise DeclarationError(
+            f"{type} version {version} is declared twice:"
+            f" {'.'.join(_place(other.cls))} and {'.'.join(_place(cls))}"
+        )
+    _known[type, version] = info
+    return info
+
+
+def _place(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
+
+
+def info_of(cls: type[Event]) -> EventInfo:
+    """Return how `cls` travels. Errors: DeclarationError for a class without a type."""
+    info = getattr(cls, "__event_info__", None)
+    if not isinstance(info, EventInfo):
+        raise DeclarationError(
+            f"{getattr(cls, '__qualname__', cls)!r} has no type:"
+            " declare it as class X(Event, type='family.what_happened')"
+        )
+    return info
+
+
+def find(type: str, version: int) -> EventInfo:
+    """Return the class known for (type, version). Errors: UnknownEventType, which says what is."""
+    info = _known.get((type, version))
+    if info is None:
+        versions = sorted(v for t, v in _known if t == type)
+        have = f"known versions: {versions}" if versions else "no version of it is known"
+        raise UnknownEventType(f"{type} version {version}: {have}")
+    return info
+
+
+def newest_version(type: str) -> int:
+    """Return the highest version known of `type`, 0 if none is."""
+    return max((v for t, v in _known if t == type), default=0)
+
+
+def known_events() -> list[EventInfo]:
+    """Return every declared event class, in order of type and version."""
+    return [_known[k] for k in sorted(_known)]
+
+
+@lru_cache(maxsize=4096)
+def type_matches(pattern: str, type: str) -> bool:
+    """Return whether `type` is named by `pattern`.
+
+    `*` stands for one segment; as the last segment it stands for one or more: `document.*`,
+    `*.deleted`, `*`. Errors: DeclarationError for anything else than segments and `*`.
+    """
+    return _compiled(pattern).fullmatch(type) is not None
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern):
+        raise DeclarationError(
+            f"type pattern {pattern!r} is not valid:"
+            " dotted segments, each a name or '*', such as 'document.*'"
+        )
+    *head, last = pattern.split(".")
+    parts = [r"[^.]+" if s == "*" else re.escape(s) for s in head]
+    parts.append(r".+" if last == "*" else re.escape(last))
+    return re.compile(r"\.".join(parts))
+
+
+def _may_hold_floats(node: Any, seen: set[type]) -> bool:
+    if isinstance(node, inspect.FloatType | inspect.AnyType | inspect.CustomType):
+        return True
+    if isinstance(node, inspect.StructType | inspect.DataclassType):
+        if node.cls in seen:
+            return False
+        seen.add(node.cls)
+        return any(_may_hold_floats(f.type, seen) for f in node.fields)
+    if isinstance(node, inspect.TypedDictType | inspect.NamedTupleType):
+        return any(_may_hold_floats(f.type, seen) for f in node.fields)
+    inner = [getattr(node, a, None) for a in ("item_type", "key_type", "value_type")]
+    inner += [*getattr(node, "item_types", ()), *getattr(node, "types", ())]
+    return any(_may_hold_floats(n, seen) for n in inner if n is not None)

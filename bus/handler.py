@@ -1,0 +1,272 @@
+"""Handlers: what runs for which events, and how its failures are treated."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Generic, Literal, ParamSpec, Protocol, overload
+
+from bus.backoff import Backoff
+from bus.config import (
+    CONCURRENCY,
+    MAX_ATTEMPTS,
+    VISIBILITY_S,
+    checked_name,
+    checked_number,
+)
+from bus.delivery import DeadLettered
+from bus.errors import DeclarationError, NotSupported
+from bus.event import Event, info_of, type_matches
+from bus.topic import Topic, topics_of
+
+P = ParamSpec("P")
+Start = Literal["beginning", "now"]
+OnDead = Callable[[DeadLettered, Any], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handler(Generic[P]):
+    """One handler and its settings; made by `event_handler`, collected by `Registry`.
+
+    call: the async function, or the bound `handle` of an instance of the class.
+    takes_delivery: whether it is called with (event, delivery) or with the event alone.
+    patterns: the types it asked for, exact names and patterns.
+    The other fields are the parameters of `event_handler`.
+    """
+
+    call: Callable[P, Awaitable[Any]]
+    patterns: tuple[str, ...]
+    group: str
+    takes_delivery: bool
+    topics: tuple[str, ...] = ()
+    concurrency: int = CONCURRENCY
+    max_attempts: int = MAX_ATTEMPTS
+    backoff: Backoff = field(default_factory=Backoff)
+    timeout_s: float | None = None
+    visibility_s: float = VISIBILITY_S
+    start: Start = "beginning"
+    on_dead: OnDead | None = None
+    name: str = ""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Any]:
+        """Call the function or `handle` as it is: a handler is an ordinary callable in tests."""
+        return self.call(*args, **kwargs)
+
+    def wants(self, type: str) -> bool:
+        """Return whether the handler asked for events of `type`."""
+        return any(type_matches(p, type) for p in self.patterns)
+
+    def reads(self) -> tuple[str, ...]:
+        """Return the names of the topics it reads, sorted. Errors: DeclarationError if none."""
+        return topics_of(self.patterns, self.topics)
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, target: Callable[P, Awaitable[Any]], /) -> Handler[P]: ...
+    @overload
+    def __call__(self, target: type, /) -> Handler[...]: ...
+
+
+def event_handler(
+    *what: type[Event] | str,
+    group: str,
+    topics: Iterable[str] = (),
+    concurrency: int = CONCURRENCY,
+    max_attempts: int = MAX_ATTEMPTS,
+    backoff: Backoff | None = None,
+    timeout_s: float | None = None,
+    visibility_s: float = VISIBILITY_S,
+    start: Start = "beginning",
+    on_dead: OnDead | None = None,
+    batch: int | None = None,
+    batch_wait_ms: int | None = None,
+    once: timedelta | None = None,
+    ordered: bool = False,
+    breaker: object = None,
+) -> _Decorator:
+    """Make a `Handler` of an async function, or of a class with an async `handle`.
+
+    what: event classes, type names or type patterns (`document.*`); at least one.
+    group: name of its consumer group; it keeps the place in the streams, so it must not change.
+    topics: where to look besides the topics of the known classes that match.
+    concurrency: how many run at a time in one worker process.
+    max_attempts: failures and crashes together; then the dead letters.
+    backoff: the wait between attempts.
+    timeout_s: one attempt's limit in seconds; None for none. Too late is a failure.
+    visibility_s: a delivery not renewed for this long may be taken by another worker, in seconds.
+    start: where a new group begins, "beginning" (everything kept) or "now".
+    on_dead: `await on_dead(dead_lettered, bus)` just before the dead-letter script; its error is
+        logged and the dead letter goes ahead. A crash repeats it.
+    batch, batch_wait_ms, once, ordered, breaker: not part of this release.
+    Errors: DeclarationError, NotSupported. Nothing is registered globally.
+    """
+    later = {
+        "batch": batch,
+        "batch_wait_ms": batch_wait_ms,
+        "once": once,
+        "ordered": ordered or None,
+        "breaker": breaker,
+    }
+    for parameter, value in later.items():
+        if value is not None:
+            raise NotSupported(f"handler {group}: {parameter} is not part of this release")
+    checked_name(group, "group name")
+    checked_number(concurrency, f"handler {group}: concurrency", 1, 10_000, whole=True)
+    checked_number(max_attempts, f"handler {group}: max_attempts", 1, 1_000_000, whole=True)
+    checked_number(visibility_s, f"handler {group}: visibility_s", 0.1, 86_400)
+    if timeout_s is not None:
+        checked_number(timeout_s, f"handler {group}: timeout_s", 0.001, 86_400 * 7)
+    if start not in ("beginning", "now"):
+        raise DeclarationError(f"handler {group}: start is 'beginning' or 'now', not {start!r}")
+    if on_dead is not None and not inspect.iscoroutinefunction(on_dead):
+        raise DeclarationError(f"handler {group}: on_dead must be an async function")
+    if isinstance(topics, str):
+        raise DeclarationError(f"handler {group}: topics is a list of names, not one string")
+    patterns = tuple(_pattern(w, group) for w in what)
+    if not patterns:
+        raise DeclarationError(f"handler {group}: say which events, classes or type patterns")
+    names = tuple(checked_name(t, "topic name") for t in topics)
+
+    def decorate(target: Any) -> Handler[Any]:
+        call, name = _callable_of(target, group)
+        return Handler(
+            call=call,
+            patterns=patterns,
+            group=group,
+            takes_delivery=_takes_delivery(call, group),
+            topics=names,
+            concurrency=concurrency,
+            max_attempts=max_attempts,
+            backoff=backoff or Backoff(),
+            timeout_s=timeout_s,
+            visibility_s=visibility_s,
+            start=start,
+            on_dead=on_dead,
+            name=name,
+        )
+
+    return decorate
+
+
+def _pattern(what: type[Event] | str, group: str) -> str:
+    if isinstance(what, str):
+        type_matches(what, "")  # raises for a pattern that is none
+        return what
+    if isinstance(what, type) and issubclass(what, Event):
+        return info_of(what).type
+    raise DeclarationError(
+        f"handler {group}: {what!r} is no event class and no type pattern;"
+        " use @event_handler(DocumentCreated, group=...)"
+    )
+
+
+def _callable_of(target: Any, group: str) -> tuple[Callable[..., Awaitable[Any]], str]:
+    name = getattr(target, "__qualname__", repr(target))
+    if isinstance(target, type):
+        try:
+            instance = target()
+        except TypeError as error:
+            raise DeclarationError(
+                f"handler {group}: class {name} must be constructible without arguments ({error})"
+            ) from error
+        target = getattr(instance, "handle", None)
+        if target is None:
+            raise DeclarationError(f"handler {group}: class {name} has no method `handle`")
+    if not callable(target):
+        raise DeclarationError(f"handler {group}: {name} cannot be called")
+    if not inspect.iscoroutinefunction(target) and not inspect.iscoroutinefunction(
+        getattr(target, "__call__", None)  # noqa: B004 - an object whose __call__ is async
+    ):
+        raise DeclarationError(
+            f"handler {group}: {name} must be `async def`; run blocking code with"
+            " asyncio.to_thread inside it"
+        )
+    return target, name
+
+
+def _takes_delivery(call: Callable[..., Any], group: str) -> bool:
+    parameters = inspect.signature(call).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    required = [p for p in positional if p.default is p.empty]
+    unfilled = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if not positional or len(required) > 2 or unfilled:  # noqa: PLR2004 - event, delivery
+        raise DeclarationError(
+            f"handler {group}: takes (event) or (event, delivery), not {inspect.signature(call)}"
+        )
+    return len(positional) > 1
+
+
+class Registry:
+    """The handlers, topics and lifespan of one program."""
+
+    def __init__(
+        self,
+        handlers: Iterable[Handler[...]] = (),
+        topics: Iterable[Topic] = (),
+        lifespan: Callable[..., Any] | None = None,
+    ) -> None:
+        self.handlers: tuple[Handler[...], ...] = tuple(handlers)
+        self.topics: tuple[Topic, ...] = tuple(topics)
+        self.lifespan = lifespan
+        by_group: dict[str, Handler[...]] = {}
+        for handler in self.handlers:
+            if not isinstance(handler, Handler):
+                raise DeclarationError(
+                    f"{handler!r} is no handler: decorate it with @event_handler(...)"
+                )
+            other = by_group.setdefault(handler.group, handler)
+            if other is not handler:
+                raise DeclarationError(
+                    f"two handlers have the group {handler.group!r}: {other.name} and"
+                    f" {handler.name}; each handler needs a group of its own"
+                )
+
+    @classmethod
+    def collect(cls, package: str) -> "Registry":
+        """Import `package` and its submodules; gather handlers, topics and `lifespan`.
+
+        Errors: DeclarationError naming the module that could not be imported and why, or that
+        there is no handler at all.
+        """
+        modules = _modules(package)
+        handlers: dict[int, Handler[...]] = {}
+        topics: dict[str, Topic] = {}
+        for module in modules:
+            for value in list(vars(module).values()):
+                if isinstance(value, Handler):
+                    handlers[id(value)] = value
+                elif isinstance(value, Topic) and topics.setdefault(value.name, value) != value:
+                    raise DeclarationError(
+                        f"topic {value.name} is declared twice, differently ({module.__name__})"
+                    )
+        if not handlers:
+            raise DeclarationError(
+                f"{package!r} holds no handlers: decorate functions with @event_handler(...)"
+            )
+        lifespan = getattr(modules[0], "lifespan", None)
+        return cls(handlers.values(), topics.values(), lifespan)
+
+
+def _modules(package: str) -> list[Any]:
+    if not isinstance(package, str) or not all(s.isidentifier() for s in package.split(".")):
+        raise DeclarationError(f"{package!r} is not the name of a Python package or module")
+
+    def load(name: str) -> Any:
+        try:
+            return importlib.import_module(name)
+        except Exception as error:
+            raise DeclarationError(
+                f"cannot import handlers from {name!r}: {type(error).__name__}: {error}"
+            ) from error
+
+    root = load(package)
+    path = getattr(root, "__path__", None)
+    if path is None:
+        return [root]
+    found = [m.name for m in pkgutil.walk_packages(path, package + ".", onerror=load)]
+    return [root, *(load(n) for n in found if not n.endswith("__main__"))]

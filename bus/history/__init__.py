@@ -1,0 +1,1 @@
+"""Looking back: the streams are the event store."""

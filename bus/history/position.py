@@ -1,0 +1,69 @@
+"""One way to say where in time: entry ids and times are the same thing, ids count milliseconds.
+
+start  -  end  +        the first and the last entry
+1763629200000-0         an entry id
+1763629200000           milliseconds since 1970, UTC
+2026-11-20T09:00:00Z    ISO 8601; without a zone it is UTC; a date alone is its midnight
+@2026-11-20             the same with an @ in front
+@-2h                    two hours ago; s, m, h, d, w
+"""
+
+import re
+from datetime import UTC, datetime, timedelta
+
+from bus.errors import DeclarationError
+
+Position = str | int | datetime | None
+
+_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+_AGO = re.compile(r"@-(\d+(?:\.\d+)?)([smhdw])")
+_UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_FIRST_ISO = re.compile(r"@?\d{4}-\d{2}-\d{2}")
+
+
+def as_id(position: Position, *, now: datetime | None = None, default: str = "-") -> str:
+    """Return the entry id (or `-`, `+`) that `position` names; None gives `default`.
+
+    now: what `@-2h` counts from, by default this machine's clock. Errors: DeclarationError.
+    """
+    if position is None:
+        return default
+    if isinstance(position, datetime):
+        return str(_ms(position))
+    if isinstance(position, int) and not isinstance(position, bool) and position >= 0:
+        return str(position)
+    if isinstance(position, str):
+        found = _of_text(position.strip(), now or datetime.now(UTC))
+        if found is not None:
+            return found
+    raise DeclarationError(
+        f"{position!r} is no position: use start, end, an entry id, milliseconds since 1970,"
+        " an ISO 8601 time, or an age such as @-2h"
+    )
+
+
+def _of_text(text: str, now: datetime) -> str | None:  # noqa: PLR0911 - one per form
+    if text in ("start", "-"):
+        return "-"
+    if text in ("end", "+"):
+        return "+"
+    if _ID.fullmatch(text):
+        return text
+    ago = _AGO.fullmatch(text)
+    try:
+        if ago:
+            return str(max(0, _ms(now - timedelta(seconds=float(ago[1]) * _UNIT_S[ago[2]]))))
+        if _FIRST_ISO.match(text):
+            return str(_ms(datetime.fromisoformat(text.removeprefix("@"))))
+    except (ValueError, OverflowError):
+        return None
+    return None
+
+
+def _ms(time: datetime) -> int:
+    if time.tzinfo is None:
+        time = time.replace(tzinfo=UTC)
+    ms = round(time.timestamp() * 1000)
+    if ms < 0:
+        raise ValueError("before 1970")
+    return ms

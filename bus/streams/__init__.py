@@ -1,0 +1,1 @@
+"""Everything that speaks Redis: key names, the wire format, connections, scripts, verbs."""

@@ -1,0 +1,65 @@
+"""Every Redis key and consumer name the bus makes. No other file builds one.
+
+    bus:topics                          hash: topic -> JSON of what was recorded
+    bus:{document:0}                    stream: partition 0 of topic `document`
+    bus:{document:0}:dead:<group>       stream: the group's dead letters
+    bus:{document:0}:lease:<consumer>   string, expires: that worker is alive
+    bus:{document:0}:workers            set: consumers that keep a lease
+    bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
+    bus:{document:0}:pub:<publisher>    string, expires: a publisher's last batch
+
+Everything of a partition has the hash tag `{topic:partition}`, so one script may touch it all.
+"""
+
+from collections.abc import Iterable
+from zlib import crc32
+
+TOPICS = "bus:topics"
+PROBE = "bus:probe"
+LANE = b"parked:"
+
+
+def stream(topic: str, partition: int) -> str:
+    """Return the key of one partition of `topic`."""
+    return f"bus:{{{topic}:{partition}}}"
+
+
+def topic_of(stream_key: str) -> str:
+    """Return the topic that a stream key belongs to."""
+    return stream_key.partition("{")[2].rpartition(":")[0]
+
+
+def dead(stream_key: str, group: str) -> str:
+    """Return the key of the dead letters of `group` for one stream."""
+    return f"{stream_key}:dead:{group}"
+
+
+def lease(stream_key: str, consumer: str) -> str:
+    """Return the key that exists while the worker `consumer` is alive."""
+    return f"{stream_key}:lease:{consumer}"
+
+
+def workers(stream_key: str) -> str:
+    """Return the key of the set of consumers that keep a lease on the stream."""
+    return f"{stream_key}:workers"
+
+
+def sweep(stream_key: str, groups: Iterable[str]) -> str:
+    """Return the key of the sweep lease shared by processes that serve the same groups."""
+    return f"{stream_key}:sweep:{crc32(','.join(sorted(groups)).encode()):08x}"
+
+
+def producer(stream_key: str, publisher: str) -> str:
+    """Return the key under which the server remembers a publisher's last batch."""
+    return f"{stream_key}:pub:{publisher}"
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """Return the partition of `key`: CRC32 of its UTF-8, the same in every process and language."""
+    return crc32(key.encode()) % partitions if partitions > 1 else 0
+
+
+def lane_due_ms(consumer: bytes) -> int | None:
+    """Return the server time in ms at which a lane is due, None if `consumer` is a worker."""
+    digits = consumer[len(LANE) :]
+    return int(digits) if consumer.startswith(LANE) and digits.isdigit() else None

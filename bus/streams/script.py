@@ -1,0 +1,35 @@
+"""The Lua scripts: loaded once, sent by digest, by text when the server does not know them."""
+
+import hashlib
+from functools import cache
+from importlib import resources
+
+from bus.streams.connection import Arg, pack
+
+
+class Script:
+    """One verb in one file. `KEYS`, `ARGV` and the reply are described in its head."""
+
+    __slots__ = ("_by_digest", "_text", "name")
+
+    def __init__(self, name: str) -> None:
+        folder = resources.files("bus.streams") / "scripts"
+        body = (folder / f"{name}.lua").read_text(encoding="utf-8")
+        # Local functions that a script does not call cost it only their parse, once per server.
+        head = "" if "owned(" not in body and "take(" not in body else _head()
+        self.name = name
+        self._text = (head + body).encode()
+        self._by_digest = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()
+
+    def packed(self, keys: tuple[str, ...], args: list[Arg]) -> bytes:
+        """Return EVALSHA with `keys` and `args` in wire form."""
+        return pack(("EVALSHA", self._by_digest, len(keys), *keys, *args))
+
+    def packed_with_text(self, keys: tuple[str, ...], args: list[Arg]) -> bytes:
+        """Return EVAL with `keys` and `args` in wire form: after NOSCRIPT (restart, failover)."""
+        return pack(("EVAL", self._text, len(keys), *keys, *args))
+
+
+@cache
+def _head() -> str:
+    return (resources.files("bus.streams") / "scripts" / "_owned.lua").read_text(encoding="utf-8")

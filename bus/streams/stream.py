@@ -1,0 +1,412 @@
+"""The verbs: the only file that speaks stream commands. Durations here are whole milliseconds.
+
+Each verb is one round trip of one command or one script, unless its docstring says otherwise.
+Errors of all of them: ReplyError (the server refused), ConnectionLost, ServerUnreachable,
+AuthenticationFailed. Who calls decides what to do about it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bus.config import PRODUCER_MEMORY_S, REPLY_TIMEOUT_S
+from bus.streams import keys
+from bus.streams.connection import Arg, Connection, Reply, ReplyError, Server, pack
+from bus.streams.script import Script
+from bus.telemetry import Telemetry
+
+_append, _record_topic = Script("append"), Script("record_topic")
+_ack, _park, _dead_letter = Script("ack"), Script("park"), Script("dead_letter")
+_renew, _start, _recover = Script("renew"), Script("start"), Script("recover")
+_take_due, _take_parked = Script("take_due"), Script("take_parked")
+_reclaim, _forget_consumer = Script("reclaim"), Script("forget_consumer")
+
+RawEntry = tuple[bytes, list[bytes]]
+
+
+class Appended(NamedTuple):
+    """Where a batch went: entry n has the id `ms-(sequence + n)`."""
+
+    ms: str
+    sequence: int
+    events: int
+    repeated: bool
+
+
+class Taken(NamedTuple):
+    """Entries moved to this worker as (id, delivery count, fields), and ids found without entry."""
+
+    entries: list[tuple[bytes, int, list[bytes]]]
+    lost: list[bytes]
+
+
+class Renewed(NamedTuple):
+    """Ids that another worker owns now, and ids whose entry is gone."""
+
+    refused: list[bytes]
+    lost: list[bytes]
+
+
+class Consumer(NamedTuple):
+    """A consumer of a group: a worker or a lane."""
+
+    name: bytes
+    pending: int
+    idle_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one stream's groups look like at the server time `now_ms`.
+
+    listed: consumers that keep a lease when alive. alive: those whose lease exists.
+    groups: the consumers of each group asked for; a group that is gone is left out.
+    """
+
+    now_ms: int
+    listed: frozenset[bytes]
+    alive: frozenset[bytes]
+    groups: dict[str, list[Consumer]]
+
+
+class Standing(NamedTuple):
+    """How far a group is: pending entries, and whether any is not yet delivered."""
+
+    pending: int
+    undelivered: bool
+
+
+class StreamStore:
+    """The verbs over one server, with one connection for commands and one for publishing."""
+
+    def __init__(self, server: Server, telemetry: Telemetry) -> None:
+        self._server = server
+        self._telemetry = telemetry
+        self.commands = Connection(server, "commands", telemetry)
+        self._publishing = Connection(server, "publishing", telemetry)
+        self._history = Connection(server, "history", telemetry)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for connection in (self._publishing, self._history, self.commands):
+            await connection.close()
+
+    def reader(self, group: str) -> "Reader":
+        """Return a reading connection of its own: XREADGROUP names one group and may block."""
+        return Reader(Connection(self._server, f"reading {group}", self._telemetry), self)
+
+    # --- the way in
+
+    async def append(
+        self,
+        stream: str,
+        publisher: str,
+        sequence: int,
+        units: Sequence[list[Arg]],
+        timeout_s: float,
+    ) -> Appended:
+        """Append whole units at most once. `append.lua`; about 1.4 x the server cost of XADDs.
+
+        units: per unit [events, then per event: arguments, field, value, ...].
+        """
+        args: list[Arg] = [sequence, PRODUCER_MEMORY_S, len(units)]
+        for unit in units:
+            args += unit
+        first, events, _, repeated = await self._run(
+            self._publishing,
+            _append,
+            (stream, keys.producer(stream, publisher)),
+            args,
+            timeout_s,
+        )
+        ms, _, low = first.decode().partition("-")
+        return Appended(ms, int(low), events, bool(repeated))
+
+    # --- topics
+
+    async def topic_records(self) -> dict[str, bytes]:
+        """Return topic -> recorded JSON. HGETALL."""
+        flat = await self.commands.call("HGETALL", keys.TOPICS)
+        return {k.decode(): v for k, v in zip(flat[::2], flat[1::2], strict=True)}
+
+    async def record_topic(self, topic: str, expected: bytes, new: bytes) -> bytes:
+        """Record `new` if `expected` (b"" for nothing) still stands; return what stands now."""
+        args: list[Arg] = [topic, expected, new]
+        return bytes(await self._run(self.commands, _record_topic, (keys.TOPICS,), args))
+
+    async def any_entries(self, streams: Sequence[str]) -> bool:
+        """Return whether any of `streams` holds an entry. XLEN each, one write."""
+        lengths = await self._pipeline([("XLEN", s) for s in streams])
+        return any(isinstance(n, ReplyError) or n > 0 for n in lengths)
+
+    # --- groups
+
+    async def create_groups(
+        self, wanted: Sequence[tuple[str, str, str]]
+    ) -> list[bool | ReplyError]:
+        """Create groups (stream, group, first id): True created, False it existed, or the error.
+
+        XGROUP CREATE MKSTREAM each, one write.
+        """
+        replies = await self._pipeline(
+            [("XGROUP", "CREATE", s, g, i, "MKSTREAM") for s, g, i in wanted]
+        )
+        return [
+            not (isinstance(r, ReplyError) and r.code == "BUSYGROUP")
+            if not isinstance(r, ReplyError) or r.code == "BUSYGROUP"
+            else r
+            for r in replies
+        ]
+
+    async def groups_of(self, stream: str) -> dict[str, dict[str, Any]]:
+        """Return group -> its row of XINFO GROUPS; empty when there is no stream."""
+        try:
+            rows = await self.commands.call("XINFO", "GROUPS", stream)
+        except ReplyError as error:
+            if error.code in ("ERR", "WRONGTYPE"):
+                return {}
+            raise
+        found = [_row(r) for r in rows]
+        return {r["name"].decode(): r for r in found}
+
+    async def standing(self, stream: str, group: str) -> Standing | None:
+        """Return how far `group` is, None when it does not exist. XINFO GROUPS, XRANGE of one."""
+        row = (await self.groups_of(stream)).get(group)
+        if row is None:
+            return None
+        after = "(" + row["last-delivered-id"].decode()
+        ahead = await self.commands.call("XRANGE", stream, after, "+", "COUNT", 1)
+        return Standing(row["pending"], bool(ahead))
+
+    async def type_of(self, key: str) -> bytes:
+        """Return the Redis type of `key`. TYPE."""
+        return bytes(await self.commands.call("TYPE", key))
+
+    # --- verdicts: each does nothing for entries that are not this consumer's any more
+
+    async def ack(
+        self, stream: str, group: str, consumer: str, ids: Sequence[bytes]
+    ) -> list[bytes]:
+        """Finish deliveries; return the ids refused. `ack.lua`, 0.9-1.4 us of server per id."""
+        return list(await self._run(self.commands, _ack, (stream,), [group, consumer, *ids]))
+
+    async def park(
+        self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, int, int]]
+    ) -> list[bytes]:
+        """Park (id, delay_ms, delivery count to store); return lanes, b"" refused, b"lost"."""
+        args: list[Arg] = [group, consumer]
+        for entry in entries:
+            args += entry
+        return list(await self._run(self.commands, _park, (stream,), args))
+
+    async def dead_letter(
+        self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, list[Arg]]]
+    ) -> list[int]:
+        """Move (id, fields of the dead letter) to the dead letters; return 1 each, 0 refused."""
+        args: list[Arg] = [group, consumer]
+        for entry_id, fields in entries:
+            args += (entry_id, len(fields), *fields)
+        target = keys.dead(stream, group)
+        return list(await self._run(self.commands, _dead_letter, (stream, target), args))
+
+    async def renew(self, stream: str, group: str, consumer: str, ids: Sequence[bytes]) -> Renewed:
+        """Reset the idle time of what is held; the delivery counts stay. `renew.lua`."""
+        reply = await self._run(self.commands, _renew, (stream,), [group, consumer, *ids])
+        return Renewed(*reply)
+
+    async def start(
+        self, stream: str, group: str, consumer: str, entry_id: bytes, count: int
+    ) -> bool:
+        """Store the count of a reclaimed delivery that is about to run; False if refused."""
+        args: list[Arg] = [group, consumer, entry_id, count]
+        return bool(await self._run(self.commands, _start, (stream,), args))
+
+    # --- taking over
+
+    async def recover(
+        self, stream: str, group: str, consumer: str, most: int, held: Iterable[bytes]
+    ) -> Taken:
+        """Take up what is pending for `consumer` and not in `held`; counts stay. `recover.lua`."""
+        args: list[Arg] = [group, consumer, most, *held]
+        return _taken(await self._run(self.commands, _recover, (stream,), args))
+
+    async def take_due(
+        self, stream: str, group: str, consumer: str, most: int, lanes: Sequence[bytes]
+    ) -> Taken:
+        """Take up to `most` entries from due lanes; counts rise. `take_due.lua`."""
+        args: list[Arg] = [group, consumer, most, *lanes]
+        return _taken(await self._run(self.commands, _take_due, (stream,), args))
+
+    async def take_parked(
+        self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, bytes]]
+    ) -> Taken:
+        """Take single entries (lane, id) out of their lanes; counts rise. `take_parked.lua`."""
+        args: list[Arg] = [group, consumer]
+        for lane, entry_id in entries:
+            args += (lane, entry_id)
+        return _taken(await self._run(self.commands, _take_parked, (stream,), args))
+
+    async def reclaim(
+        self, stream: str, group: str, consumer: str, owner: bytes, most: int, least_idle_ms: int
+    ) -> Taken:
+        """Take up to `most` entries of a worker that is gone; counts stay. `reclaim.lua`.
+
+        least_idle_ms 0: only if the owner has no lease; else whatever has been idle that long.
+        """
+        args: list[Arg] = [group, consumer, owner, most, least_idle_ms]
+        lease = keys.lease(stream, owner.decode(errors="replace"))
+        return _taken(await self._run(self.commands, _reclaim, (stream, lease), args))
+
+    async def survey(self, stream: str, groups: Sequence[str]) -> Survey:
+        """Look at the consumers of `groups`. Two round trips: TIME, SMEMBERS, XINFO; EXISTS."""
+        commands: list[tuple[Arg, ...]] = [("TIME",), ("SMEMBERS", keys.workers(stream))]
+        commands += [("XINFO", "CONSUMERS", stream, g) for g in groups]
+        time, listed, *rows = await self._pipeline(commands)
+        for reply in (time, listed):
+            if isinstance(reply, ReplyError):
+                raise reply
+        found: dict[str, list[Consumer]] = {}
+        for group, reply in zip(groups, rows, strict=True):
+            if isinstance(reply, list):
+                table = [_row(r) for r in reply]
+                found[group] = [Consumer(r["name"], r["pending"], r["idle"]) for r in table]
+        exists = await self._pipeline(
+            [("EXISTS", keys.lease(stream, name.decode(errors="replace"))) for name in listed]
+        )
+        alive = frozenset(n for n, e in zip(listed, exists, strict=True) if e != 0)
+        now_ms = int(time[0]) * 1000 + int(time[1]) // 1000
+        return Survey(now_ms, frozenset(listed), alive, found)
+
+    # --- leases
+
+    async def keep_leases(
+        self, streams: Sequence[str], consumer: str, groups: Sequence[str], lease_ms: int
+    ) -> None:
+        """Say that `consumer` is alive and serves `groups`. SET PX and SADD each, one write."""
+        served = ",".join(groups)
+        commands: list[tuple[Arg, ...]] = []
+        for stream in streams:
+            commands.append(("SET", keys.lease(stream, consumer), served, "PX", lease_ms))
+            commands.append(("SADD", keys.workers(stream), consumer))
+        for reply in await self._pipeline(commands):
+            if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
+                raise reply
+
+    async def drop_leases(self, streams: Sequence[str], consumer: str) -> None:
+        """Say that `consumer` has stopped. DEL each, one write."""
+        await self._pipeline([("DEL", keys.lease(s, consumer)) for s in streams])
+
+    async def served_groups(self, stream: str) -> set[str]:
+        """Return the groups that live workers say they serve. SMEMBERS, then GET each."""
+        names = await self.commands.call("SMEMBERS", keys.workers(stream))
+        leases = await self._pipeline([("GET", keys.lease(stream, n.decode())) for n in names])
+        return {g for v in leases if isinstance(v, bytes) for g in v.decode().split(",")}
+
+    async def try_sweep(
+        self, streams: Sequence[str], groups: Iterable[str], consumer: str, lease_ms: int
+    ) -> list[str]:
+        """Return the streams whose sweep is this process's turn now. SET NX PX each, one write."""
+        names = tuple(groups)
+        replies = await self._pipeline(
+            [("SET", keys.sweep(s, names), consumer, "NX", "PX", lease_ms) for s in streams]
+        )
+        return [s for s, r in zip(streams, replies, strict=True) if r == b"OK"]
+
+    async def forget_consumer(self, stream: str, group: str, consumer: str) -> bool:
+        """Remove a consumer that has no lease and nothing pending; True if it is gone now."""
+        args: list[Arg] = [group, consumer]
+        target = (stream, keys.lease(stream, consumer))
+        return bool(await self._run(self.commands, _forget_consumer, target, args))
+
+    async def unlist_worker(self, stream: str, consumer: str) -> None:
+        """Take a worker that is gone off the list. SREM."""
+        await self.commands.call("SREM", keys.workers(stream), consumer)
+
+    # --- looking back
+
+    async def range(self, stream: str, first: str, last: str, count: int) -> list[RawEntry]:
+        """Return up to `count` entries from `first` to `last`, both ids included. XRANGE."""
+        rows = await self._history.call("XRANGE", stream, first, last, "COUNT", count)
+        return [(r[0], r[1]) for r in rows]
+
+    async def now_ms(self) -> int:
+        """Return the server's clock. TIME."""
+        seconds, micros = await self.commands.call("TIME")
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    # --- sending
+
+    async def _pipeline(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
+        """Send `commands` in one write; errors are among the replies."""
+        if not commands:
+            return []
+        packed = b"".join(pack(c) for c in commands)
+        return await self.commands.submit(packed, len(commands))
+
+    async def _run(
+        self,
+        connection: Connection,
+        script: Script,
+        on: tuple[str, ...],
+        args: list[Arg],
+        timeout_s: float = REPLY_TIMEOUT_S,
+    ) -> Reply:
+        (reply,) = await connection.submit(script.packed(on, args), 1, timeout_s)
+        if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
+            (reply,) = await connection.submit(script.packed_with_text(on, args), 1, timeout_s)
+        if isinstance(reply, ReplyError):
+            raise reply
+        return reply
+
+
+class Reader:
+    """One group's reading connection: it lists all the streams of the group."""
+
+    def __init__(self, connection: Connection, store: StreamStore) -> None:
+        self._connection = connection
+        self._store = store
+
+    async def read(
+        self, group: str, consumer: str, streams: Sequence[str], count: int, block_ms: int
+    ) -> list[tuple[str, list[RawEntry]]]:
+        """Return new entries, at most `count` per stream, waiting up to `block_ms`.
+
+        XREADGROUP over all streams. After any error, what the lost reply held is pending for
+        `consumer` unseen: call `StreamStore.recover` before reading on.
+        """
+        command: tuple[Arg, ...] = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count)
+        if block_ms:
+            command += ("BLOCK", block_ms)
+        command += ("STREAMS", *streams, *(">" for _ in streams))
+        packed, replies = pack(command), 1
+        if self._connection.client_id is None:
+            packed, replies = pack(("CLIENT", "ID")) + packed, 2
+        *identity, reply = await self._connection.submit(
+            packed, replies, block_ms / 1000 + REPLY_TIMEOUT_S
+        )
+        if identity and isinstance(identity[0], int):  # the access list may forbid asking
+            self._connection.client_id = identity[0]
+        if isinstance(reply, ReplyError):
+            raise reply
+        return [(name.decode(), entries) for name, entries in reply or ()]
+
+    async def unblock(self) -> None:
+        """End a blocked read at once; it takes nothing. CLIENT UNBLOCK on the other connection."""
+        if self._connection.client_id is not None:
+            await self._store.commands.submit(
+                pack(("CLIENT", "UNBLOCK", self._connection.client_id)), 1
+            )
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._connection.close()
+
+
+def _taken(reply: Reply) -> Taken:
+    entries, lost = reply
+    return Taken([(i, c, f) for i, c, f in entries], lost)
+
+
+def _row(flat: list[Any]) -> dict[str, Any]:
+    """Return a row of XINFO, which RESP2 sends as a flat list of names and values."""
+    return {k.decode(): v for k, v in zip(flat[::2], flat[1::2], strict=True)}

@@ -1,0 +1,120 @@
+"""What the server recorded of each topic, and what this process declared.
+
+`bus:topics` is a hash, topic -> JSON such as `{"partitions":4}` or
+`{"partitions":1,"implicit":true}`. The first process to use a topic records it. A record marked
+implicit was made by a process that only used the topic; the first declaration replaces it while
+the streams are empty.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+import msgspec
+
+from bus.errors import DeclarationError, TopicMismatch
+from bus.streams import keys
+from bus.streams.stream import StreamStore
+from bus.telemetry import Telemetry
+from bus.topic import Topic
+
+IMPLICIT_TTL_S = 5.0  # how soon a process notices that its implicit record was replaced
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is recorded of a topic. Unknown fields of later releases are left alone."""
+
+    partitions: int
+    implicit: bool = False
+
+
+class TopicTable:
+    """Partition counts by topic; asks the server once per topic, and again while implicit."""
+
+    def __init__(self, store: StreamStore, declared: Iterable[Topic], telemetry: Telemetry) -> None:
+        self._store = store
+        self._telemetry = telemetry
+        self._declared: dict[str, Topic] = {}
+        self._known: dict[str, tuple[Record, float]] = {}
+        self._lock = asyncio.Lock()
+        for topic in declared:
+            self.declare(topic)
+
+    @property
+    def declared(self) -> list[Topic]:
+        """The topics this process declared."""
+        return list(self._declared.values())
+
+    def declare(self, topic: Topic) -> None:
+        """Add a declaration of this process. Errors: DeclarationError when two differ."""
+        if not isinstance(topic, Topic):
+            raise DeclarationError(f"topics are declared as Topic(...), not {topic!r}")
+        other = self._declared.setdefault(topic.name, topic)
+        if other != topic:
+            raise DeclarationError(f"topic {topic.name} is declared twice, differently")
+        self._known.pop(topic.name, None)
+
+    def streams(self, name: str, partitions: int) -> list[str]:
+        """Return the stream keys of a topic."""
+        return [keys.stream(name, p) for p in range(partitions)]
+
+    async def recorded_partitions(self, name: str) -> int:
+        """Return the partition count of a topic without recording anything. HGETALL."""
+        standing = (await self._store.topic_records()).get(name)
+        if standing is not None:
+            return _parsed(name, standing).partitions
+        declared = self._declared.get(name)
+        return declared.partitions if declared else 1
+
+    async def partitions(self, name: str) -> tuple[int, bool]:
+        """Return the partition count of a topic and whether it may still change.
+
+        HGETALL of bus:topics at first use; one script to record. Errors: TopicMismatch.
+        """
+        now = asyncio.get_running_loop().time()
+        known = self._known.get(name)
+        if known is not None and (not known[0].implicit or now < known[1]):
+            return known[0].partitions, known[0].implicit
+        async with self._lock:
+            record = await self._agree(name)
+            self._known[name] = (record, asyncio.get_running_loop().time() + IMPLICIT_TTL_S)
+        return record.partitions, record.implicit
+
+    async def _agree(self, name: str) -> Record:
+        declared = self._declared.get(name)
+        wanted = Record(declared.partitions if declared else 1, implicit=declared is None)
+        standing = (await self._store.topic_records()).get(name, b"")
+        while True:
+            recorded = _parsed(name, standing) if standing else None
+            if recorded is not None:
+                if declared is None or recorded.partitions == wanted.partitions:
+                    if not (recorded.implicit and declared is not None):
+                        return recorded
+                elif not recorded.implicit or await self._store.any_entries(
+                    self.streams(name, recorded.partitions)
+                ):
+                    raise TopicMismatch(
+                        f"topic {name} is declared with {wanted.partitions} partitions here and"
+                        f" recorded with {recorded.partitions}"
+                        f"{' (by its first use)' if recorded.implicit else ''}:"
+                        " declare the recorded number, or empty the topic first"
+                    )
+            new = msgspec.json.encode(wanted)
+            stands = await self._store.record_topic(name, standing, new)
+            if stands == new:
+                self._telemetry.emit(
+                    "topic.recorded",
+                    topic=name,
+                    partitions=wanted.partitions,
+                    implicit=wanted.implicit,
+                )
+                return wanted
+            standing = stands  # somebody was first: agree with what stands now
+
+
+def _parsed(name: str, value: bytes) -> Record:
+    try:
+        return msgspec.json.decode(value, type=Record)
+    except msgspec.DecodeError as error:
+        raise DeclarationError(
+            f"{keys.TOPICS} holds something else than a topic's record for {name}: {error}"
+        ) from None

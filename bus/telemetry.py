@@ -1,0 +1,165 @@
+"""Everything the bus emits, in one table, and how to listen.
+
+The core emits and knows no metrics, tracing or logging library; those attach here.
+
+    bus.telemetry.attach("delivery.*", lambda name, fields: ...)
+
+A listener is called in the event loop, at the place where the thing happened, with the name and
+a dict of the fields in the table: it must be quick and must not block. One that raises is
+logged and changes nothing. No field ever holds an event's payload or a password; `error` is the
+text of an exception, which a handler's author may have filled with anything, so it is logged at
+DEBUG only (`error_type` and `where` always).
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bus.errors import DeclarationError
+
+Listener = Callable[[str, dict[str, Any]], None]
+
+
+class Emitted(NamedTuple):
+    """One row of the table: log level, fields, meaning."""
+
+    level: int
+    fields: tuple[str, ...]
+    meaning: str
+
+
+_D, _I, _W, _E = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR
+_ENTRY = ("stream", "group", "entry_id", "event_id", "event_type", "attempt")
+_ERROR = ("error_type", "error", "where")
+
+EVENTS: dict[str, Emitted] = {
+    # the way in
+    "publish.appended": Emitted(
+        _D, ("stream", "count", "bytes", "duration_s"), "a batch is in the stream"
+    ),
+    "publish.retried": Emitted(
+        _W, ("stream", "count", "error_type", "error"), "a batch is sent again, unchanged"
+    ),
+    "publish.failed": Emitted(
+        _E, ("stream", "count", "error_type", "error"), "callers were told that it failed"
+    ),
+    # the way out
+    "read.received": Emitted(_D, ("group", "count"), "entries were delivered to this worker"),
+    "read.failed": Emitted(
+        _W, ("group", "error_type", "error"), "a read failed; what it delivered is recovered first"
+    ),
+    "delivery.acked": Emitted(_D, ("stream", "group", "count"), "handled and done"),
+    "delivery.skipped": Emitted(
+        _D, ("stream", "group", "count"), "acked: of a type the handler did not ask for"
+    ),
+    "delivery.retried": Emitted(
+        _W, (*_ENTRY, "delay_s", *_ERROR), "an attempt failed; parked until the next"
+    ),
+    "delivery.postponed": Emitted(
+        _I, (*_ENTRY, "delay_s", "reason"), "parked without using up an attempt"
+    ),
+    "delivery.dead_lettered": Emitted(
+        _E, (*_ENTRY, "reason", *_ERROR), "moved to the group's dead letters"
+    ),
+    "delivery.handed_back": Emitted(
+        _I, ("stream", "group", "count"), "given up unstarted, for any worker to take"
+    ),
+    "delivery.taken": Emitted(
+        _D, ("stream", "group", "count"), "parked entries whose time has come were taken"
+    ),
+    "delivery.reclaimed": Emitted(
+        _W, ("stream", "group", "count", "owner"), "taken over from a dead worker"
+    ),
+    "delivery.recovered": Emitted(
+        _W, ("stream", "group", "count"), "delivered to this worker but never seen; taken up now"
+    ),
+    "verdict.failed": Emitted(
+        _W, ("stream", "group", "count", "error_type", "error"), "not taken yet; tried again"
+    ),
+    "delivery.refused": Emitted(
+        _W, ("stream", "group", "count", "verb"), "a verdict was too late: another worker owns it"
+    ),
+    "delivery.dropped": Emitted(
+        _W, ("stream", "group", "count"), "not run: another worker took it meanwhile"
+    ),
+    "delivery.lost": Emitted(
+        _E, ("stream", "group", "count", "entry_ids"), "pending, but its entry was trimmed by hand"
+    ),
+    "handler.stuck": Emitted(
+        _E, (*_ENTRY, "running_s"), "ignores its cancellation after timeout_s"
+    ),
+    "on_dead.failed": Emitted(_E, (*_ENTRY, *_ERROR), "on_dead raised; the dead letter goes ahead"),
+    # workers, groups, streams
+    "worker.started": Emitted(_I, ("worker", "groups", "streams"), "reads from now on"),
+    "worker.stopping": Emitted(_I, ("worker", "reason"), "reads no more, lets handlers finish"),
+    "worker.stopped": Emitted(_I, ("worker", "handed_back", "cancelled"), "has drained"),
+    "worker.failed": Emitted(
+        _E, ("worker", "part", "error_type", "error", "where"), "a part of the worker broke"
+    ),
+    "group.created": Emitted(_I, ("stream", "group"), "a new group, at its handler's start"),
+    "group.recreated": Emitted(
+        _E, ("stream", "group"), "the group had vanished: made again at the stream's beginning"
+    ),
+    "group.unserved": Emitted(
+        _W, ("stream", "group"), "no live worker serves this group; it holds entries back"
+    ),
+    "stream.broken": Emitted(
+        _E, ("stream", "group", "error"), "not read for now: its key holds another Redis type"
+    ),
+    "stream.mended": Emitted(_I, ("stream", "group"), "read again"),
+    "consumer.forgotten": Emitted(
+        _I, ("stream", "group", "consumer"), "a dead worker with nothing pending was removed"
+    ),
+    "topic.recorded": Emitted(_I, ("topic", "partitions", "implicit"), "first use of a topic"),
+    # connections
+    "connection.lost": Emitted(
+        _W, ("role", "error_type", "error"), "a connection ended; it is made again when needed"
+    ),
+    "process.restarted": Emitted(
+        _E, ("pid", "exit_code", "delay_s"), "a worker process died and is started again"
+    ),
+}
+
+
+class Telemetry:
+    """Hands what is emitted to whoever attached."""
+
+    __slots__ = ("_attached", "_by_name")
+
+    def __init__(self) -> None:
+        self._attached: list[tuple[str, Listener]] = []
+        self._by_name: dict[str, tuple[Listener, ...]] = {}
+
+    def attach(self, pattern: str, listener: Listener) -> None:
+        """Call `listener` for every emitted name that `pattern` matches.
+
+        pattern: a name of EVENTS, a family such as "delivery.*", or "*".
+        Errors: DeclarationError when nothing of that name is ever emitted.
+        """
+        if not any(_matches(pattern, name) for name in EVENTS):
+            raise DeclarationError(f"nothing named {pattern!r} is emitted; see telemetry.EVENTS")
+        self._attached.append((pattern, listener))
+        self._index()
+
+    def detach(self, listener: Listener) -> None:
+        """Stop calling `listener`; one that is not attached is no error."""
+        self._attached = [(p, fn) for p, fn in self._attached if fn != listener]
+        self._index()
+
+    def emit(self, name: str, **fields: Any) -> None:
+        """Tell the listeners of `name`. Costs a dict lookup when nobody listens."""
+        for listener in self._by_name.get(name, ()):
+            try:
+                listener(name, fields)
+            except Exception:
+                logging.getLogger("bus.telemetry").exception("listener for %s raised", name)
+
+    def _index(self) -> None:
+        by_name = {
+            name: tuple(fn for p, fn in self._attached if _matches(p, name)) for name in EVENTS
+        }
+        self._by_name = {name: fns for name, fns in by_name.items() if fns}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return pattern in ("*", name) or (pattern.endswith(".*") and name.startswith(pattern[:-1]))

@@ -1,0 +1,1 @@
+"""The way out: what runs in a worker process."""

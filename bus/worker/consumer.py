@@ -1,0 +1,441 @@
+"""One handler at work: a buffer of deliveries and the slots that run them.
+
+    intake -> buffer -> slots (executor) -> settler
+                ^                              |
+                +--- retries, reclaimer <------+  (lanes in the pending list)
+
+The intake reads, the executor decides, the settler writes; here is only who runs when.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bus.config import IN_HAND_S, READ_COUNT, SLOT_TURN_S, WAITED_S
+from bus.delivery import ACK, HAND_BACK, DeadLetter, DeadLettered, Delivery, Publishes, Verdict
+from bus.errors import BusError
+from bus.handler import Handler
+from bus.streams.codec import envelope_of
+from bus.streams.connection import ReplyError
+from bus.streams.stream import RawEntry, StreamStore, Taken
+from bus.telemetry import Telemetry
+from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
+from bus.worker.hand import Hand, chunks, names_of, tell_lost
+from bus.worker.intake import Intake
+from bus.worker.retries import PromptRetries
+from bus.worker.settler import Settler
+
+
+class Consumer:
+    """Runs one handler under one worker name. Started and stopped by the supervisor."""
+
+    def __init__(
+        self,
+        handler: Handler[...],
+        name: str,
+        store: StreamStore,
+        bus: Publishes,
+        telemetry: Telemetry,
+        *,
+        concurrency: int,
+        lease_s: float,
+    ) -> None:
+        self.handler = handler
+        self.group = handler.group
+        self.name = name
+        self.concurrency = concurrency
+        self.hands: dict[str, Hand] = {}
+        self.turn_given: Callable[[], None] = lambda: None  # set by the reclaimer
+        self._store = store
+        self._bus = bus
+        self._telemetry = telemetry
+        # What was not confirmed to be ours for this long is checked before it runs: a third of
+        # the time after which others may take it, be it by visibility or by our lease.
+        self._unchecked_s = min(handler.visibility_s, lease_s) / 3
+        self._executor = Executor(handler)
+        self._retries = PromptRetries(
+            store, name, telemetry, self._free, self.deliver, self._outcome_unknown
+        )
+        self._settler = Settler(store, name, self.hands, telemetry, self._retries.parked)
+        self.intake = Intake(
+            store,
+            handler.group,
+            name,
+            self.hands,
+            self,
+            telemetry,
+            block_ms=max(1, int(self._unchecked_s * 500)),
+        )
+        self._slots = [Slot() for _ in range(concurrency)]
+        self._buffer: deque[Delivery[Any]] = deque()
+        self._suspects: deque[Delivery[Any]] = deque()
+        self._suspect_runs = False
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._running = 0
+        self._reserved = 0
+        self._wants_turn = False
+        self._closing = False
+        self._checking = asyncio.Lock()
+        self._finished = 0
+        self._rate = 0.0  # deliveries settled per second, while there is work
+        self._measured_at = 0.0
+        self._measured = 0
+
+    # --- life
+
+    def serve(self, streams: Iterable[str], state: Any) -> None:
+        """Read these streams too, from the next read on."""
+        for stream in streams:
+            if stream not in self.hands:
+                self.hands[stream] = Hand(self.group, stream, self._bus, envelope_of, state)
+
+    def start(self) -> list["asyncio.Task[None]"]:
+        """Start the slots and loops; return their tasks, the read loop first."""
+        loop = asyncio.get_running_loop()
+        for i, slot in enumerate(self._slots):
+            slot.task = SlotTask(self._slot(slot), loop=loop, name=f"{self.group} slot {i}")
+        return [
+            loop.create_task(self.intake.run(), name=f"{self.group} intake"),
+            loop.create_task(self._settler.run(), name=f"{self.group} settler"),
+            *(s.task for s in self._slots if s.task is not None),
+        ]
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is in hand or a verdict is on its way."""
+        return self._settler.has_work or any(h.held for h in self.hands.values())
+
+    async def stop_reading(self, intake: "asyncio.Task[None]") -> int:
+        """Stop reading and hand back what has not started; return how many that were."""
+        self._retries.stop()
+        await self.intake.stop(intake)
+        await self._retries.finish()
+        return self._hand_back(lambda _: True)
+
+    async def finished(self) -> None:
+        """Wait until no handler runs and every verdict is with the server."""
+        while self._running or self._settler.has_work:  # noqa: ASYNC110 - at stop only
+            await asyncio.sleep(0.002)
+
+    def cancel_calls(self) -> int:
+        """Cancel the calls that still run, to be handed back uncounted; return how many."""
+        now = asyncio.get_running_loop().time()
+        running = [s for s in self._slots if s.started_at]
+        for slot in running:
+            slot.cancel("shutdown", now)
+        return len(running)
+
+    async def close(self) -> None:
+        """End the slots and loops, which are idle by now, and close the reading connection."""
+        self._closing = True
+        while self._idle:
+            _wake(self._idle.popleft())
+        self._settler.close()
+        await self.intake.close()
+
+    # --- what comes in
+
+    def deliver_new(self, hand: Hand, entries: Sequence[RawEntry], sent_at: float) -> None:
+        """Take entries read for the first time, behind what is there."""
+        self._measure()
+        held, append = hand.held, self._buffer.append
+        for entry_id, fields in entries:
+            delivery: Delivery[Any] = Delivery(hand, entry_id, fields, 1, sent_at)
+            held[entry_id] = delivery
+            append(delivery)
+        self._wake_slots(len(entries))
+
+    def deliver(self, hand: Hand, taken: Taken, *, reclaimed: bool = False) -> int:
+        """Take entries moved here by a script, before the new ones; return how many."""
+        now = asyncio.get_running_loop().time()
+        fresh = [e for e in taken.entries if e[0] not in hand.held]
+        for entry_id, count, fields in reversed(fresh):
+            delivery: Delivery[Any] = Delivery(
+                hand, entry_id, fields, count, now, reclaimed=reclaimed
+            )
+            hand.held[entry_id] = delivery
+            self._buffer.appendleft(delivery)
+        if taken.lost:
+            tell_lost(self._telemetry, hand, taken.lost)
+        self._wake_slots(len(fresh))
+        return len(fresh)
+
+    def _outcome_unknown(self, error: BusError) -> None:
+        """A script may have moved entries here and its reply was lost: recover before reading."""
+        self.intake.unseen = True
+        self._telemetry.emit(
+            "read.failed", group=self.group, error_type=type(error).__name__, error=str(error)
+        )
+
+    # --- how much is wanted
+
+    def _free(self) -> int:
+        return max(0, self.concurrency - self._running - len(self._buffer))
+
+    def wanted(self) -> int:
+        """Entries to ask for: the free slots, or what they do in IN_HAND_S if that is more."""
+        ahead = min(int(self._rate * IN_HAND_S), 2 * READ_COUNT)
+        room = max(self.concurrency - self._running, ahead) - len(self._buffer)
+        if room > 0 and self._wants_turn:
+            self._wants_turn = False
+            self._reserved = max(1, room // 2)
+            self.turn_given()
+        return room - self._reserved
+
+    def _measure(self) -> None:
+        now = asyncio.get_running_loop().time()
+        done = self._finished - self._measured
+        if done and now > self._measured_at:
+            self._rate += (done / (now - self._measured_at) - self._rate) * 0.5
+        self._measured_at, self._measured = now, self._finished
+
+    def reserve(self) -> int:
+        """Return how many due or orphaned entries may be taken: half the free slots, at least one.
+
+        0 when none is free: then the next one that becomes free is kept and `turn_given` called.
+        What was reserved is given back by `release`.
+        """
+        if not self._reserved:
+            free = self._free()
+            self._wants_turn = not free
+            self._reserved = max(1, free // 2) if free else 0
+        return self._reserved
+
+    def release(self) -> None:
+        """Give the reserved slots back to the intake."""
+        self._reserved = 0
+        self.intake.look_again()
+
+    # --- slots
+
+    def _wake_slots(self, entries: int) -> None:
+        for _ in range(min(entries, len(self._idle))):
+            _wake(self._idle.popleft())
+
+    async def _slot(self, slot: Slot) -> None:
+        clock = asyncio.get_running_loop().time
+        turn_ends = 0.0
+        while True:
+            if not self._buffer:
+                if self._closing:
+                    return
+                waiter = asyncio.get_running_loop().create_future()
+                self._idle.append(waiter)
+                self.intake.look_again()
+                await waiter
+                turn_ends = clock() + SLOT_TURN_S
+                continue
+            delivery = self._buffer.popleft()
+            now = clock()
+            if now - delivery.checked_at > self._unchecked_s:
+                self._buffer.appendleft(delivery)
+                await self._check_ownership()
+                continue
+            self._running += 1
+            try:
+                if delivery.reclaimed:
+                    await self._handle_reclaimed(slot, delivery)
+                else:
+                    await self._handle(slot, delivery, now)
+            finally:
+                self._running -= 1
+            if self.intake.waits and len(self._buffer) <= self._low_water():
+                self.intake.look_again()
+            if clock() > turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = clock() + SLOT_TURN_S
+
+    def _low_water(self) -> int:
+        """The buffer length at which reading on is worth a look: half of what is kept in hand."""
+        return min(READ_COUNT, int(self._rate * IN_HAND_S) // 2)
+
+    async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> None:
+        verdict = self._executor.triage(delivery)
+        if verdict is None:
+            slot.delivery = delivery
+            slot.started_at = now
+            verdict = await self._executor.call(slot, delivery)
+            slot.started_at = 0.0
+            if slot.task is not None and slot.task.cancelling():
+                await self._end_cancelled(slot, delivery, verdict)
+        await self._settle(slot, delivery, verdict)
+
+    async def _settle(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
+        if verdict is not ACK and isinstance(verdict, DeadLetter):
+            await self._tell_on_dead(slot, delivery, verdict)
+        self._finished += 1
+        self._settler.settle(self.hands[delivery.origin.stream], delivery, verdict)
+
+    async def _end_cancelled(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
+        """Use up the cancellation of a call, unless the slot itself was cancelled."""
+        task = slot.task
+        if task is None:
+            return
+        if not slot.cancel_reason and not task.cancelled_itself:
+            self._settler.settle(self.hands[delivery.origin.stream], delivery, verdict)
+            raise asyncio.CancelledError  # the event loop is being torn down around us
+        slot.cancel_reason = ""
+        await absorb_cancellation(task)
+
+    async def _tell_on_dead(self, slot: Slot, delivery: Delivery[Any], verdict: DeadLetter) -> None:
+        """Call on_dead, in the slot, so that what it publishes is marked as caused by this."""
+        if self.handler.on_dead is None:
+            return
+        told = DeadLettered(delivery, verdict.reason, verdict.error)
+        slot.delivery = delivery
+        slot.started_at = asyncio.get_running_loop().time()
+        failure = await self._executor.call_on_dead(slot, told, self._bus)
+        slot.started_at = 0.0
+        if slot.task is not None and slot.task.cancelling():
+            await self._end_cancelled(slot, delivery, verdict)
+        if failure is not None:
+            self._telemetry.emit(
+                "on_dead.failed",
+                **names_of(delivery),
+                error_type=failure.type,
+                error=failure.text,
+                where=failure.where,
+            )
+
+    # --- reclaimed entries: one of them may be what killed its worker
+
+    async def _handle_reclaimed(self, slot: Slot, delivery: Delivery[Any]) -> None:
+        crashed = self._executor.crashed(delivery)
+        if crashed is not None:
+            await self._settle(slot, delivery, crashed)
+            return
+        suspect = delivery.attempt > 1  # started before, or at least not its first worker
+        if suspect and self._suspect_runs:
+            self._suspects.append(delivery)  # one at a time: if it kills us, the others are cleared
+            return
+        self._suspect_runs = self._suspect_runs or suspect
+        try:
+            if await self._count_start(delivery):
+                await self._handle(slot, delivery, asyncio.get_running_loop().time())
+        finally:
+            if suspect:
+                self._suspect_runs = False
+                if self._suspects:
+                    self._buffer.appendleft(self._suspects.popleft())
+                    self._wake_slots(1)
+
+    async def _count_start(self, delivery: Delivery[Any]) -> bool:
+        """Raise the delivery count of a reclaimed entry; False if it must not run here."""
+        hand = self.hands[delivery.origin.stream]
+        try:
+            mine = await self._store.start(
+                hand.stream, self.group, self.name, delivery.entry_id, delivery.attempt + 1
+            )
+        except BusError as error:
+            self._outcome_unknown(error)  # not started: recovered with the rest
+            mine = False
+        else:
+            if not mine:
+                self._tell_dropped(hand, 1)
+        if mine:
+            delivery.reclaimed = False
+            delivery.attempt += 1
+        else:
+            hand.held.pop(delivery.entry_id, None)
+        return mine
+
+    # --- ownership
+
+    async def renew(self) -> None:
+        """Renew everything in hand; drop what turns out to be another worker's by now."""
+        for hand in list(self.hands.values()):
+            for ids in chunks(list(hand.held)):
+                asked_at = asyncio.get_running_loop().time()
+                renewed = await self._store.renew(hand.stream, self.group, self.name, ids)
+                for entry_id in ids:
+                    delivery = hand.held.get(entry_id)
+                    if delivery is not None:
+                        delivery.checked_at = asked_at
+                self._drop(hand, renewed.refused)
+                if renewed.lost:
+                    self._drop(hand, renewed.lost)
+                    tell_lost(self._telemetry, hand, renewed.lost)
+
+    async def _check_ownership(self) -> None:
+        """Ask the server whether what lay unread for long is still ours, before any of it runs."""
+        async with self._checking:
+            now = asyncio.get_running_loop().time()
+            if not self._buffer or now - self._buffer[0].checked_at <= self._unchecked_s:
+                return  # another slot has asked meanwhile
+            try:
+                await self.renew()
+            except BusError as error:
+                if isinstance(error, ReplyError) and error.code in ("NOGROUP", "WRONGTYPE"):
+                    for hand in self.hands.values():
+                        self._drop(hand, list(hand.held))
+                else:
+                    await asyncio.sleep(0.1)  # the server is away; nothing may run until it says
+
+    def _drop(self, hand: Hand, ids: Sequence[bytes]) -> None:
+        """Forget deliveries that are not ours; one that runs ends with a refused verdict."""
+        gone = set(ids)
+        theirs = [
+            d for d in (*self._buffer, *self._suspects) if d.entry_id in gone and d.origin is hand
+        ]
+        if theirs:
+            self._forget(theirs)
+            self._tell_dropped(hand, len(theirs))
+
+    def _forget(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        gone = set(map(id, deliveries))
+        for queue in (self._buffer, self._suspects):
+            keep = [d for d in queue if id(d) not in gone]
+            queue.clear()
+            queue.extend(keep)
+        for delivery in deliveries:
+            self.hands[delivery.origin.stream].held.pop(delivery.entry_id, None)
+
+    def _tell_dropped(self, hand: Hand, count: int) -> None:
+        self._telemetry.emit("delivery.dropped", stream=hand.stream, group=self.group, count=count)
+
+    def _hand_back(self, chosen: Callable[[Delivery[Any]], bool]) -> int:
+        """Hand back what has not started; return how many.
+
+        Reclaimed entries cannot be handed back, their count says how often they were started:
+        when we stop they are left to be reclaimed again as they are.
+        """
+        back = [d for d in self._buffer if not d.reclaimed and chosen(d)]
+        held = {id(d) for d in back}
+        keep = [d for d in self._buffer if id(d) not in held]
+        self._buffer.clear()
+        self._buffer.extend(keep)
+        for delivery in back:
+            self._settler.settle(self.hands[delivery.origin.stream], delivery, HAND_BACK)
+        return len(back)
+
+    def leave_reclaimed(self) -> None:
+        """Forget what was reclaimed and not started: others reclaim it when our lease is gone."""
+        self._forget([*self._buffer, *self._suspects])
+
+    # --- the tick
+
+    def look_after(self, now: float) -> None:
+        """Enforce timeout_s, and hand back what has waited too long: one tick for all slots."""
+        limit_s = self.handler.timeout_s
+        if limit_s is not None:
+            for slot in self._slots:
+                if slot.started_at and now - max(slot.started_at, slot.cancelled_at) >= limit_s:
+                    self._time_out(slot, now)
+        all_busy = self._running >= self.concurrency
+        if self._buffer and all_busy and self._hand_back(lambda d: now - d.received_at > WAITED_S):
+            self._rate = 0.0  # the estimate that read so far ahead was wrong
+
+    def _time_out(self, slot: Slot, now: float) -> None:
+        if slot.cancelled_at > slot.started_at and slot.delivery is not None:
+            self._telemetry.emit(
+                "handler.stuck",
+                **names_of(slot.delivery),
+                running_s=round(now - slot.started_at, 3),
+            )
+        slot.cancel("timeout", now)
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)

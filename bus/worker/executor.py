@@ -1,0 +1,264 @@
+"""What becomes of a delivery: looks at it, runs the handler, returns a verdict. Touches no Redis.
+
+The rules are the table in `bus/delivery.py`; this file is their only implementation.
+"""
+
+import asyncio
+import time
+import traceback
+from collections.abc import Coroutine, Generator
+from contextvars import Context, copy_context
+from pathlib import Path
+from typing import Any
+
+from bus.config import UNKNOWN_TYPE_MAX_AGE_S, UNKNOWN_TYPE_PARK_S
+from bus.delivery import (
+    ACK,
+    HAND_BACK,
+    SKIP,
+    DeadLetter,
+    DeadLettered,
+    Delivery,
+    Failure,
+    Park,
+    Publishes,
+    Verdict,
+    current_delivery,
+)
+from bus.errors import Reject, RetryLater, Undecodable, UnknownEventType
+from bus.event import EventInfo, newest_version
+from bus.handler import Handler
+from bus.streams.codec import Located, decode, info_for, locate
+
+_TEXT_BYTES = 2_000  # of an error's message kept in a dead letter
+_TRACEBACK_BYTES = 8_000
+_OWN_CODE = str(Path(__file__).parent.parent)
+
+
+class SlotTask(asyncio.Task[None]):
+    """A slot's task; knows whether the code it runs cancelled it by itself."""
+
+    cancelled_itself = False
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Cancel as any task."""
+        if asyncio.current_task() is self:
+            self.cancelled_itself = True
+        return super().cancel(msg)
+
+
+class Slot:
+    """One of a handler's long-lived tasks, and what it is doing now.
+
+    started_at: loop time at which the handler was called, 0.0 when none is.
+    cancel_reason: why the supervisor cancelled the call: "timeout" or "shutdown".
+    """
+
+    __slots__ = ("cancel_reason", "cancelled_at", "delivery", "started_at", "task")
+
+    def __init__(self) -> None:
+        self.task: SlotTask | None = None
+        self.delivery: Delivery[Any] | None = None
+        self.started_at = 0.0
+        self.cancelled_at = 0.0
+        self.cancel_reason = ""
+
+    def cancel(self, reason: str, now: float) -> None:
+        """Cancel the call that runs, if any, for `reason`."""
+        if self.task is not None and self.started_at:
+            self.cancel_reason = reason
+            self.cancelled_at = now
+            self.task.cancel()
+
+
+class Executor:
+    """Turns deliveries of one handler into verdicts."""
+
+    def __init__(self, handler: Handler[...]) -> None:
+        self._handler = handler
+        self._call = handler.call
+        self._infos: dict[tuple[bytes | None, bytes | None], EventInfo | None] = {}
+
+    # --- before the handler
+
+    def triage(self, delivery: Delivery[Any]) -> Verdict | None:
+        """Decode the event into `delivery.event`; return a verdict if it must not be handled."""
+        located = locate(delivery.fields)
+        try:
+            info = self._infos[located.type, located.version]
+        except KeyError:
+            found = self._look_up(delivery, located)
+            if not isinstance(found, EventInfo) and found is not SKIP:
+                return found
+            info = found if isinstance(found, EventInfo) else None
+            if len(self._infos) < 10_000:  # noqa: PLR2004 - foreign writers may invent types
+                self._infos[located.type, located.version] = info
+        if info is None:
+            return SKIP
+        try:
+            delivery.event = decode(info, located)
+        except Undecodable as error:
+            return DeadLetter("undecodable", failure_of(error))
+        return None
+
+    def _look_up(self, delivery: Delivery[Any], located: Located) -> EventInfo | Verdict:
+        if located.type is None:
+            return DeadLetter(
+                "undecodable", failure_of(Undecodable("the entry has no field `type`"))
+            )
+        try:
+            name = located.type.decode()
+            if not self._handler.wants(name):
+                return SKIP
+            return info_for(located.type, located.version)
+        except UnknownEventType as error:
+            return self._of_unknown_type(delivery, located, error)
+        except (Undecodable, UnicodeDecodeError) as error:
+            return DeadLetter("undecodable", failure_of(error))
+
+    def _of_unknown_type(
+        self, delivery: Delivery[Any], located: Located, error: UnknownEventType
+    ) -> Verdict:
+        """A deployment under way brings the class; an older version without upcast never comes."""
+        assert located.type is not None
+        if newest_version(located.type.decode()) > int(located.version or 1):
+            return DeadLetter("undecodable", failure_of(error))
+        age_s = time.time() - int(delivery.entry_id.partition(b"-")[0]) / 1000
+        if age_s > UNKNOWN_TYPE_MAX_AGE_S:
+            return DeadLetter("newer-version", failure_of(error))
+        return Park(UNKNOWN_TYPE_PARK_S, reason=str(error))
+
+    def crashed(self, delivery: Delivery[Any]) -> Verdict | None:
+        """Return the verdict for a reclaimed delivery that has used up its attempts, else None.
+
+        At `max_attempts` it still runs once: the count cannot tell fetched from started.
+        """
+        if delivery.attempt <= self._handler.max_attempts:
+            return None
+        text = f"the worker died or hung {delivery.attempt} times with this event"
+        return DeadLetter("crashed", Failure("Crashed", text))
+
+    # --- the handler
+
+    async def call(self, slot: Slot, delivery: Delivery[Any]) -> Verdict:
+        """Run the handler once and return what its outcome means.
+
+        Runs in the slot's task, in a copy of its context: a handler that does not suspend costs
+        no task, and `asyncio.timeout` or a task group inside it touches this slot alone.
+        """
+        current_delivery.set(delivery)
+        context = copy_context()
+        try:
+            if self._handler.takes_delivery:
+                coroutine: Any = self._call(delivery.event, delivery)
+            else:
+                coroutine = self._call(delivery.event)
+            waiting_for = context.run(coroutine.send, None)
+        except StopIteration:
+            return ACK
+        except BaseException as error:
+            return self._verdict_of(error, slot, delivery)
+        try:
+            await _Resumed(coroutine, context, waiting_for)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            return self._verdict_of(error, slot, delivery)
+        return ACK
+
+    async def call_on_dead(self, slot: Slot, told: DeadLettered, bus: Publishes) -> Failure | None:
+        """Run `on_dead` in the slot like a handler; return what it raised, None if nothing."""
+        assert self._handler.on_dead is not None
+        current_delivery.set(told.delivery)
+        context = copy_context()
+        coroutine: Any = self._handler.on_dead(told, bus)
+        try:
+            await _Resumed(coroutine, context, context.run(coroutine.send, None))
+        except StopIteration:
+            return None
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            return failure_of(error, slot.cancel_reason or None)
+        return None
+
+    def _verdict_of(self, error: BaseException, slot: Slot, delivery: Delivery[Any]) -> Verdict:
+        if isinstance(error, Reject):
+            return DeadLetter("rejected", failure_of(error, error.reason))
+        if isinstance(error, RetryLater):
+            return Park(error.delay_s, reason=str(error))
+        if isinstance(error, asyncio.CancelledError):
+            if slot.cancel_reason == "timeout":
+                limit = self._handler.timeout_s
+                return self._failed(
+                    delivery, Failure("TimeoutError", f"ran longer than timeout_s = {limit}")
+                )
+            task = slot.task
+            if slot.cancel_reason or (task and task.cancelling() and not task.cancelled_itself):
+                return HAND_BACK
+            return self._failed(delivery, failure_of(error, "the handler cancelled itself"))
+        return self._failed(delivery, failure_of(error))
+
+    def _failed(self, delivery: Delivery[Any], failure: Failure) -> Verdict:
+        if delivery.attempt >= self._handler.max_attempts:
+            return DeadLetter("failed", failure)
+        return Park(self._handler.backoff.delay_s(delivery.attempt), failure)
+
+
+async def absorb_cancellation(task: SlotTask) -> None:
+    """Use up cancellations that belong to the call that has just ended."""
+    while task.cancelling():
+        task.uncancel()
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if task.cancelling():  # a new one, from outside, in this very moment
+            raise
+    task.cancelled_itself = False
+
+
+class _Resumed:
+    """Awaits the rest of a coroutine that has suspended once, inside its own context."""
+
+    __slots__ = ("_context", "_coroutine", "_waiting_for")
+
+    def __init__(
+        self, coroutine: Coroutine[Any, Any, Any], context: Context, waiting_for: Any
+    ) -> None:
+        self._coroutine = coroutine
+        self._context = context
+        self._waiting_for = waiting_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        run, coroutine, waiting_for = self._context.run, self._coroutine, self._waiting_for
+        while True:
+            try:
+                try:
+                    value = yield waiting_for
+                except GeneratorExit:
+                    run(coroutine.close)
+                    raise
+                except BaseException as error:
+                    waiting_for = run(coroutine.throw, error)
+                else:
+                    waiting_for = run(coroutine.send, value)
+            except StopIteration:
+                return
+
+
+def failure_of(error: BaseException, text: str | None = None) -> Failure:
+    """Describe an exception for logs and dead letters; bounded in size."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [f for f in frames if not f.filename.startswith(_OWN_CODE)]
+    last = users[-1] if users else None
+    try:
+        words = str(error) if text is None else text
+    except Exception as broken:
+        words = f"(its text cannot be had: {type(broken).__name__})"
+    printed = "".join(traceback.format_list(users)) + f"{type(error).__name__}: {words}"
+    return Failure(
+        type=type(error).__name__,
+        text=words.encode("utf-8", "replace")[:_TEXT_BYTES].decode("utf-8", "ignore"),
+        where=f"{last.filename}:{last.lineno} {last.name}" if last else "",
+        traceback=printed.encode("utf-8", "replace")[-_TRACEBACK_BYTES:].decode("utf-8", "ignore"),
+    )

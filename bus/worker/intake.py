@@ -1,0 +1,224 @@
+"""Reads one handler's streams, and mends what breaks while reading.
+
+A read is never cancelled: what its reply holds is ours on the server already. After any error the
+entries of a lost reply are pending for us unseen, so they are recovered before the next read.
+"""
+
+import asyncio
+import contextlib
+from typing import Any, Protocol
+
+from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
+
+from bus.config import BLOCK_MS, READ_BYTES, READ_COUNT
+from bus.errors import BusError, ServerUnreachable
+from bus.streams.connection import TRANSIENT, ConnectionLost, ReplyError
+from bus.streams.stream import RawEntry, StreamStore, Taken
+from bus.telemetry import Telemetry
+from bus.worker.hand import Hand
+
+
+class Basket(Protocol):
+    """Where what was read goes: the consumer."""
+
+    def wanted(self) -> int:
+        """How many entries to ask for now; 0 or less for none."""
+
+    def deliver_new(self, hand: Hand, entries: list[RawEntry], sent_at: float) -> None:
+        """Take entries read for the first time by a read sent at loop time `sent_at`."""
+
+    def deliver(self, hand: Hand, taken: Taken) -> int:
+        """Take entries moved here by a script."""
+
+
+class Intake:
+    """The read loop of one consumer over its own connection."""
+
+    def __init__(
+        self,
+        store: StreamStore,
+        group: str,
+        consumer: str,
+        hands: dict[str, Hand],
+        basket: Basket,
+        telemetry: Telemetry,
+        *,
+        block_ms: int,
+    ) -> None:
+        self._store = store
+        self._reader = store.reader(group)
+        self._group = group
+        self._consumer = consumer
+        self._hands = hands
+        self._basket = basket
+        self._telemetry = telemetry
+        self._block_ms = min(BLOCK_MS, block_ms)
+        self._entry_bytes = 512.0  # running mean
+        self._stopping = asyncio.Event()
+        self._room: asyncio.Future[None] | None = None
+        self.unseen = False  # the server may have delivered what we never saw
+        self.broken: set[str] = set()  # streams whose key holds something else
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for room."""
+        return self._room is not None
+
+    def look_again(self) -> None:
+        """Ask the basket again how much is wanted."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    async def stop(self, task: "asyncio.Task[Any]") -> None:
+        """Stop reading; `task` runs `run`.
+
+        CLIENT UNBLOCK ends a blocked read at once; it is repeated because the read may still
+        have been on its way. Where the access list forbids it, the read ends by its BLOCK.
+        """
+        self._stopping.set()
+        self.look_again()
+        while not task.done():
+            with contextlib.suppress(BusError):  # a broken server ends the read as well
+                await self._reader.unblock()
+            await asyncio.wait([task], timeout=0.05)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._reader.close()
+
+    async def run(self) -> None:
+        """Read until stopped. Errors: those that time does not heal (no permission, ...)."""
+        while not self._stopping.is_set():
+            try:
+                await self._read()
+            except BusError as error:
+                await self._read_after(error)
+
+    async def _read(self) -> None:
+        if self.unseen:
+            await self._recover()
+        streams = [s for s in self._hands if s not in self.broken]
+        count = self._basket.wanted()
+        if count <= 0 or not streams:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+            self._room = None
+            return
+        per_stream = -(-count // len(streams))
+        by_bytes = int(READ_BYTES / self._entry_bytes / len(streams)) or 1
+        sent_at = asyncio.get_running_loop().time()
+        replies = await self._reader.read(
+            self._group,
+            self._consumer,
+            streams,
+            min(per_stream, by_bytes, READ_COUNT),
+            self._block_ms,
+        )
+        total = 0
+        for stream, entries in replies:
+            total += len(entries)
+            # Dated by when the read was sent: a stopped process wakes up to replies long stale.
+            self._basket.deliver_new(self._hands[stream], entries, sent_at)
+            size = sum(map(len, entries[-1][1])) + 64
+            self._entry_bytes += (size - self._entry_bytes) * 0.2
+        if total:
+            self._telemetry.emit("read.received", group=self._group, count=total)
+
+    async def _read_after(self, error: BusError) -> None:
+        """Mend what broke and read again, with growing pauses, until it works or we stop."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(_heals),
+            wait=wait_random_exponential(multiplier=0.05, max=5.0),
+            sleep=self._pause,
+            reraise=True,
+        ):
+            if self._stopping.is_set():
+                return
+            with attempt:
+                self._telemetry.emit(
+                    "read.failed",
+                    group=self._group,
+                    error_type=type(error).__name__,
+                    error=str(error),
+                )
+                try:
+                    await self._mend(error)
+                    await self._read()
+                except BusError as again:
+                    error = again
+                    raise
+
+    async def _mend(self, error: BusError) -> None:
+        if not isinstance(error, ReplyError):
+            self.unseen = True
+        elif error.code == "WRONGTYPE":
+            await self.find_broken()
+        elif error.code in ("NOGROUP", "UNBLOCKED"):
+            await self._create_groups()
+
+    async def _create_groups(self) -> None:
+        """Make all groups of the read again, at the beginning: at-least-once allows no gap."""
+        streams = [s for s in self._hands if s not in self.broken]
+        results = await self._store.create_groups([(s, self._group, "0") for s in streams])
+        for stream, result in zip(streams, results, strict=True):
+            if result is True:
+                self._telemetry.emit("group.recreated", stream=stream, group=self._group)
+            elif isinstance(result, ReplyError):
+                if result.code != "WRONGTYPE":
+                    raise result
+                await self.find_broken()
+
+    async def find_broken(self) -> None:
+        """Leave out streams whose key holds another type, take up those that are mended. TYPE."""
+        for stream in self._hands:
+            kind = await self._store.type_of(stream)
+            if kind not in (b"stream", b"none"):
+                if stream not in self.broken:
+                    self.broken.add(stream)
+                    self._telemetry.emit(
+                        "stream.broken",
+                        stream=stream,
+                        group=self._group,
+                        error=f"the key holds a {kind.decode()}; rename or delete it",
+                    )
+            elif stream in self.broken:
+                self.broken.discard(stream)
+                self._telemetry.emit("stream.mended", stream=stream, group=self._group)
+                self.look_again()
+
+    async def _recover(self) -> None:
+        """Take up what was delivered to us in replies that never arrived."""
+        for stream, hand in self._hands.items():
+            if stream in self.broken:
+                continue
+            more = True
+            while more:
+                taken = await self._store.recover(
+                    stream, self._group, self._consumer, READ_COUNT, list(hand.held)
+                )
+                more = len(taken.entries) + len(taken.lost) >= READ_COUNT
+                count = self._basket.deliver(hand, taken)
+                if count:
+                    self._telemetry.emit(
+                        "delivery.recovered", stream=stream, group=self._group, count=count
+                    )
+        self.unseen = False
+
+    async def _pause(self, delay_s: float) -> None:
+        await pause(self._stopping, delay_s)
+
+
+async def pause(until: asyncio.Event, delay_s: float) -> None:
+    """Wait for `delay_s` seconds, less when `until` is set."""
+    try:
+        async with asyncio.timeout(delay_s):
+            await until.wait()
+    except TimeoutError:
+        pass
+
+
+def _heals(error: BaseException) -> bool:
+    """Whether reading can go on by itself once the server has recovered."""
+    if isinstance(error, ReplyError):
+        return error.code in TRANSIENT or error.code in ("NOGROUP", "WRONGTYPE")
+    return isinstance(error, ConnectionLost | ServerUnreachable)

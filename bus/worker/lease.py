@@ -1,0 +1,63 @@
+"""Says that this worker lives, and renews what it holds.
+
+Beaten from the event loop, so that a process whose loop hangs loses its lease.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from bus.errors import BusError
+from bus.streams.stream import StreamStore
+from bus.telemetry import Telemetry
+from bus.worker.consumer import Consumer
+
+
+class Lease:
+    """The lease keys of one process, one per stream, and the renewal of its deliveries.
+
+    lease_s: after this long without a beat others take over what this worker holds.
+    """
+
+    def __init__(
+        self,
+        store: StreamStore,
+        name: str,
+        consumers: Sequence[Consumer],
+        telemetry: Telemetry,
+        *,
+        lease_s: float,
+    ) -> None:
+        self._store = store
+        self._name = name
+        self._consumers = consumers
+        self._telemetry = telemetry
+        self._lease_ms = int(lease_s * 1000)
+        self._renewed_at: dict[str, float] = {}
+        shortest_s = min([c.handler.visibility_s for c in consumers], default=lease_s)
+        # A third of whichever ends first: two beats may be lost.
+        self.interval_s = min(lease_s, shortest_s) / 3
+
+    @property
+    def streams(self) -> list[str]:
+        """All streams this process serves."""
+        return sorted({s for c in self._consumers for s in c.hands})
+
+    async def beat(self) -> None:
+        """Set the leases, and renew the deliveries whose time has come. Two writes at most."""
+        groups = [c.group for c in self._consumers]
+        try:
+            await self._store.keep_leases(self.streams, self._name, groups, self._lease_ms)
+            now = asyncio.get_running_loop().time()
+            for consumer in self._consumers:
+                due = self._renewed_at.get(consumer.group, 0.0) + consumer.handler.visibility_s / 3
+                if now + self.interval_s / 2 >= due:
+                    self._renewed_at[consumer.group] = now
+                    await consumer.renew()
+        except BusError as error:
+            self._telemetry.emit(
+                "read.failed", group="*", error_type=type(error).__name__, error=str(error)
+            )
+
+    async def end(self) -> None:
+        """Give the leases up, so that nobody has to wait for them to run out."""
+        await self._store.drop_leases(self.streams, self._name)

@@ -1,0 +1,170 @@
+"""The safety net: takes parked entries that are due, and what dead workers left behind.
+
+Once a second one process per stream and set of groups looks (a lease that lasts two seconds and
+is not renewed, so turns pass round), and only one with a free slot. What it takes goes to its own
+slots; what it has no room for stays for the next.
+"""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bus.config import SWEEP_LEASE_MS, SWEEP_S
+from bus.errors import BusError
+from bus.streams.keys import lane_due_ms
+from bus.streams.stream import StreamStore, Survey
+from bus.telemetry import Telemetry
+from bus.worker.consumer import Consumer
+from bus.worker.hand import Hand
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be taken for one group: due lanes, oldest first, then (owner, least idle ms).
+
+    Least idle 0 means that the owner's lease is gone: all it had is taken.
+    """
+
+    lanes: tuple[bytes, ...]
+    owners: tuple[tuple[bytes, int], ...]
+
+
+def plan(survey: Survey, group: str, me: bytes, visibility_ms: int, *, look_at_idle: bool) -> Plan:
+    """Decide what to take. Liveness is the lease; idle time only judges single entries.
+
+    look_at_idle: also ask workers that are alive, or that keep no lease (other languages), for
+    entries that nobody renewed for `visibility_ms`. XINFO's idle times of consumers are not
+    used: they mean different things before and after 7.2.
+    """
+    lanes: list[tuple[int, bytes]] = []
+    owners: list[tuple[bytes, int]] = []
+    for consumer in survey.groups.get(group, ()):
+        due_ms = lane_due_ms(consumer.name)
+        if due_ms is not None:
+            if due_ms <= survey.now_ms:
+                lanes.append((due_ms, consumer.name))
+        elif consumer.pending == 0:
+            continue
+        elif consumer.name in survey.listed - survey.alive and consumer.name != me:
+            owners.append((consumer.name, 0))
+        elif look_at_idle:
+            owners.append((consumer.name, visibility_ms))
+    return Plan(tuple(name for _, name in sorted(lanes)), tuple(owners))
+
+
+class Reclaimer:
+    """Sweeps the streams of one process for all its consumers."""
+
+    def __init__(
+        self, store: StreamStore, name: str, consumers: Sequence[Consumer], telemetry: Telemetry
+    ) -> None:
+        self._store = store
+        self._name = name
+        self._consumers = consumers
+        self._telemetry = telemetry
+        self._turns: dict[str, float] = {}  # stream -> loop time until which the turn is ours
+        self._idle_looked_at: dict[tuple[str, str], float] = {}
+        self._turn_given = asyncio.Event()
+        for consumer in consumers:
+            consumer.turn_given = self._turn_given.set
+
+    async def run(self) -> None:
+        """Sweep once a second, and when a consumer that was full gives a slot."""
+        while True:
+            try:
+                async with asyncio.timeout(SWEEP_S * random.uniform(0.8, 1.0)):  # noqa: S311
+                    await self._turn_given.wait()
+            except TimeoutError:
+                pass
+            self._turn_given.clear()
+            try:
+                await self.sweep()
+            except BusError as error:
+                for consumer in self._consumers:
+                    # What a script may have moved here unseen is recovered before the next read.
+                    consumer.intake.unseen = True
+                self._telemetry.emit(
+                    "read.failed",
+                    group="*",
+                    error_type=type(error).__name__,
+                    error=str(error),
+                )
+
+    async def sweep(self) -> None:
+        """Look once at the streams whose turn is ours, for consumers that have room."""
+        hungry = [c for c in self._consumers if c.reserve()]
+        try:
+            by_stream: dict[str, list[Consumer]] = {}
+            for consumer in hungry:
+                for stream in consumer.hands:
+                    if stream not in consumer.intake.broken:
+                        by_stream.setdefault(stream, []).append(consumer)
+            for stream in await self._take_turns(list(by_stream)):
+                await self._sweep_stream(stream, by_stream[stream])
+        finally:
+            for consumer in hungry:
+                consumer.release()
+
+    async def _take_turns(self, streams: Sequence[str]) -> list[str]:
+        now = asyncio.get_running_loop().time()
+        ours = [s for s in streams if self._turns.get(s, 0.0) > now]
+        by_groups: dict[tuple[str, ...], list[str]] = {}
+        for stream in streams:
+            if stream not in ours:
+                served = tuple(sorted(c.group for c in self._consumers if stream in c.hands))
+                by_groups.setdefault(served, []).append(stream)
+        for served, asked in by_groups.items():
+            got = await self._store.try_sweep(asked, served, self._name, SWEEP_LEASE_MS)
+            for stream in got:
+                # Counted from before the asking, and a little short of what the server keeps.
+                self._turns[stream] = now + SWEEP_LEASE_MS / 1000 - 0.1
+            ours += got
+        return ours
+
+    async def _sweep_stream(self, stream: str, consumers: Sequence[Consumer]) -> None:
+        survey = await self._store.survey(stream, [c.group for c in consumers])
+        now = asyncio.get_running_loop().time()
+        for consumer in consumers:
+            visibility_s = consumer.handler.visibility_s
+            looked_at = self._idle_looked_at.get((stream, consumer.group), 0.0)
+            look_at_idle = now - looked_at >= max(SWEEP_S / 2, visibility_s / 3)
+            if look_at_idle:
+                self._idle_looked_at[stream, consumer.group] = now
+            todo = plan(
+                survey,
+                consumer.group,
+                self._name.encode(),
+                int(visibility_s * 1000),
+                look_at_idle=look_at_idle,
+            )
+            await self._take(consumer, consumer.hands[stream], todo)
+
+    async def _take(self, consumer: Consumer, hand: Hand, todo: Plan) -> None:
+        room = consumer.reserve()
+        if todo.lanes:
+            taken = await self._store.take_due(
+                hand.stream, consumer.group, self._name, room, todo.lanes
+            )
+            count = consumer.deliver(hand, taken)
+            room -= count
+            if count:
+                self._telemetry.emit(
+                    "delivery.taken", stream=hand.stream, group=consumer.group, count=count
+                )
+        for owner, least_idle_ms in todo.owners:
+            if room <= 0:
+                break
+            taken = await self._store.reclaim(
+                hand.stream, consumer.group, self._name, owner, room, least_idle_ms
+            )
+            count = consumer.deliver(hand, taken, reclaimed=True)
+            room -= count
+            if count:
+                self._telemetry.emit(
+                    "delivery.reclaimed",
+                    stream=hand.stream,
+                    group=consumer.group,
+                    count=count,
+                    owner=owner.decode(errors="replace"),
+                )

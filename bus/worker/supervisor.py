@@ -1,0 +1,349 @@
+"""A worker: starts the parts, keeps them running, and drains them in the right order.
+
+async with Worker(bus, handlers=[index_document]) as worker:
+    await worker.drained(timeout_s=10)
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import socket
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from bus.config import GRACE_S, JANITOR_S, LEASE_S, checked_name, checked_number
+from bus.delivery import Publishes
+from bus.errors import BusError, DeclarationError
+from bus.handler import Handler, Registry
+from bus.streams.connection import ReplyError
+from bus.streams.stream import StreamStore
+from bus.streams.topics import TopicTable
+from bus.telemetry import Telemetry
+from bus.worker.consumer import Consumer
+from bus.worker.executor import failure_of
+from bus.worker.janitor import Janitor
+from bus.worker.lease import Lease
+from bus.worker.reclaimer import Reclaimer
+
+_TICK_S = 0.05  # how exactly timeout_s is kept
+_FLUSH_S = 5.0  # what the last verdicts get when the server does not answer at the end
+
+
+class WorkersBus(Publishes, Protocol):
+    """What a worker needs of a bus."""
+
+    store: StreamStore
+    topics: TopicTable
+    telemetry: Telemetry
+
+    async def ready(self) -> None:
+        """Connect and check the server."""
+
+
+class Worker:
+    """Runs handlers in this process until it is stopped.
+
+    handlers: `Handler`s made by `event_handler`, or a Registry.
+    only: run only these groups. concurrency: overrides that of every handler.
+    name: unique among live workers; by default host, pid and a random part.
+    lifespan: `lifespan(bus)`, an async context manager; what it yields is `delivery.state`.
+    grace_s: what running handlers get at stop before they are cancelled, in seconds.
+    lease_s: others take over when this worker was not heard of for so long, in seconds.
+    Errors: DeclarationError, ServerError at start; what breaks later is raised by `wait`.
+    """
+
+    def __init__(
+        self,
+        bus: WorkersBus,
+        handlers: Iterable[Handler[...]] | Registry,
+        *,
+        only: Iterable[str] = (),
+        concurrency: int | None = None,
+        name: str | None = None,
+        lifespan: Callable[[Any], AbstractAsyncContextManager[Any]] | None = None,
+        grace_s: float = GRACE_S,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        registry = handlers if isinstance(handlers, Registry) else Registry(handlers)
+        self._bus = bus
+        self._store = bus.store
+        self._telemetry = bus.telemetry
+        self._handlers = _chosen(registry.handlers, tuple(only))
+        self._lifespan = lifespan or registry.lifespan
+        self._grace_s = checked_number(grace_s, "grace_s", 0, 86_400)
+        self._lease_s = checked_number(lease_s, "lease_s", 0.2, 3_600)
+        if concurrency is not None:
+            checked_number(concurrency, "concurrency", 1, 10_000, whole=True)
+        self.name = checked_name(name, "worker name") if name else _own_name()
+        for topic in registry.topics:
+            bus.topics.declare(topic)
+        self._consumers = [
+            Consumer(
+                handler,
+                self.name,
+                self._store,
+                bus,
+                self._telemetry,
+                concurrency=concurrency or handler.concurrency,
+                lease_s=self._lease_s,
+            )
+            for handler in self._handlers
+        ]
+        self._lease = Lease(
+            self._store, self.name, self._consumers, self._telemetry, lease_s=self._lease_s
+        )
+        self._reclaimer = Reclaimer(self._store, self.name, self._consumers, self._telemetry)
+        self._janitor = Janitor(
+            self._store, self.name, self._consumers, self._telemetry, self._serve_topics
+        )
+        self._state: Any = None
+        self._exits = contextlib.AsyncExitStack()
+        self._intakes: dict[Consumer, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failed: asyncio.Future[None] | None = None
+        self._stopped = False
+
+    # --- start
+
+    async def start(self) -> None:
+        """Check the server, make groups and leases, and begin to read."""
+        await self._bus.ready()
+        loop = asyncio.get_running_loop()
+        self._failed = loop.create_future()
+        if self._lifespan is not None:
+            self._state = await self._exits.enter_async_context(self._lifespan(self._bus))
+        try:
+            await self._serve_topics()
+            await self._lease.beat()
+            await self._janitor.name_unserved()
+        except BaseException:
+            await self._exits.aclose()
+            raise
+        for consumer in self._consumers:
+            intake, *rest = consumer.start()
+            self._intakes[consumer] = intake
+            for task in (intake, *rest):
+                self._watch(task)
+        self._watch(loop.create_task(_every(self._lease.interval_s, self._lease.beat)))
+        self._watch(loop.create_task(_every(_TICK_S, self._tick)))
+        self._watch(loop.create_task(_every(JANITOR_S, self._janitor.tidy)))
+        self._watch(loop.create_task(self._reclaimer.run()))
+        self._telemetry.emit(
+            "worker.started",
+            worker=self.name,
+            groups=[c.group for c in self._consumers],
+            streams=self._lease.streams,
+        )
+
+    async def _serve_topics(self) -> None:
+        """Find the streams of every handler and make its groups there; new ones are added."""
+        wanted: list[tuple[Consumer, str]] = []
+        for consumer in self._consumers:
+            for topic in consumer.handler.reads():
+                partitions, _ = await self._bus.topics.partitions(topic)
+                streams = self._bus.topics.streams(topic, partitions)
+                wanted += [(consumer, s) for s in streams if s not in consumer.hands]
+        if not wanted:
+            return
+        first = {"beginning": "0", "now": "$"}
+        results = await self._store.create_groups(
+            [(s, c.group, first[c.handler.start]) for c, s in wanted]
+        )
+        for (consumer, stream), result in zip(wanted, results, strict=True):
+            if isinstance(result, ReplyError) and result.code != "WRONGTYPE":
+                raise result.explained(stream)
+            if result is True:
+                self._telemetry.emit("group.created", stream=stream, group=consumer.group)
+            consumer.serve([stream], self._state)
+            if isinstance(result, ReplyError):
+                await consumer.intake.find_broken()
+            consumer.intake.look_again()
+
+    def _watch(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if task.cancelled() or task.exception() is None:
+            return
+        error = task.exception()
+        assert error is not None
+        failure = failure_of(error)
+        if not isinstance(error, BusError):
+            traceback.print_exception(error)  # a bug of ours: say all there is
+        self._telemetry.emit(
+            "worker.failed",
+            worker=self.name,
+            part=task.get_name(),
+            error_type=failure.type,
+            error=failure.text,
+            where=failure.where,
+        )
+        if self._failed is not None and not self._failed.done():
+            self._failed.set_exception(error)
+            self._failed.exception()  # `wait` may never be called
+
+    async def _tick(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for consumer in self._consumers:
+            consumer.look_after(now)
+
+    # --- while it runs
+
+    async def wait(self) -> None:
+        """Wait until a part of the worker breaks, and raise what broke it."""
+        if self._failed is None:
+            raise BusError("the worker has not been started")
+        await asyncio.shield(self._failed)
+
+    async def drained(self, timeout_s: float = 30.0) -> None:
+        """Return when the backlog of all handlers is empty: nothing undelivered, pending, parked.
+
+        Looks every 20 ms: XINFO GROUPS and XRANGE of one entry per stream. Errors: TimeoutError
+        that says what is left; what broke the worker, if it broke.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while True:
+            left = await self._left()
+            if not left:
+                return
+            if self._failed is not None and self._failed.done():
+                self._failed.result()
+            if loop.time() >= end:
+                raise TimeoutError(f"not drained after {timeout_s} s: {'; '.join(left)}")
+            await asyncio.sleep(0.02)
+
+    async def _left(self) -> list[str]:
+        left = []
+        for consumer in self._consumers:
+            if consumer.busy:
+                left.append(f"{consumer.group} is at work")
+                continue
+            for stream in consumer.hands:
+                if stream in consumer.intake.broken:
+                    continue
+                standing = await self._store.standing(stream, consumer.group)
+                if standing is None:
+                    left.append(f"{consumer.group} is gone from {stream}")
+                elif standing.undelivered:
+                    left.append(f"{consumer.group} has undelivered entries in {stream}")
+                elif standing.pending:
+                    left.append(f"{consumer.group} has {standing.pending} pending in {stream}")
+        return left
+
+    # --- stop
+
+    async def stop(self, reason: str = "stop") -> None:
+        """Drain: read no more, hand back what has not started, let the rest finish, say goodbye.
+
+        What runs longer than `grace_s` is cancelled and handed back, its attempt not counted.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        self._telemetry.emit("worker.stopping", worker=self.name, reason=reason)
+        handed_back = sum(
+            await asyncio.gather(*(c.stop_reading(t) for c, t in self._intakes.items()))
+        )
+        cancelled = 0
+        if not await self._finished(self._grace_s):
+            cancelled = sum(c.cancel_calls() for c in self._consumers)
+            await self._finished(_FLUSH_S)
+        for consumer in self._consumers:
+            consumer.leave_reclaimed()
+            await consumer.close()
+        await self._cancel_tasks()
+        await self._say_goodbye()
+        await self._exits.aclose()
+        self._telemetry.emit(
+            "worker.stopped", worker=self.name, handed_back=handed_back, cancelled=cancelled
+        )
+
+    async def _finished(self, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                await asyncio.gather(*(c.finished() for c in self._consumers))
+        except TimeoutError:
+            return False
+        return True
+
+    async def _cancel_tasks(self) -> None:
+        tasks = list(self._tasks)
+        # Slots and settlers end by themselves now; the loops of `_every` have to be told.
+        done, late = await asyncio.wait(tasks, timeout=0.05) if tasks else (set(), set())
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*done, *late, return_exceptions=True)
+
+    async def _say_goodbye(self) -> None:
+        """Give up leases and leave the groups, so that nobody has to find out that we are gone."""
+        try:
+            async with asyncio.timeout(_FLUSH_S):
+                await self._lease.end()
+                for consumer in self._consumers:
+                    for stream in consumer.hands:
+                        with contextlib.suppress(ReplyError):
+                            await self._store.forget_consumer(stream, consumer.group, self.name)
+                for stream in self._lease.streams:
+                    if await self._nothing_left(stream):
+                        await self._store.unlist_worker(stream, self.name)
+        except (BusError, TimeoutError):
+            pass  # the server is away: the leases run out, and a janitor forgets us
+
+    async def _nothing_left(self, stream: str) -> bool:
+        groups = [c.group for c in self._consumers if stream in c.hands]
+        survey = await self._store.survey(stream, groups)
+        return not any(
+            c.name == self.name.encode() for rows in survey.groups.values() for c in rows
+        )
+
+    def abort(self) -> None:
+        """Stop at once without draining: the leases do the rest."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def __aenter__(self) -> Self:
+        """Start."""
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Drain."""
+        await self.stop("leaving the block")
+
+
+async def _every(interval_s: float, step: Callable[[], Awaitable[None]]) -> None:
+    """Run `step` again and again; the one loop of all chores."""
+    while True:
+        await asyncio.sleep(interval_s)
+        await step()
+
+
+def _chosen(handlers: Sequence[Handler[...]], only: tuple[str, ...]) -> list[Handler[...]]:
+    unknown = set(only) - {h.group for h in handlers}
+    if unknown:
+        raise DeclarationError(
+            f"no handler has the group {', '.join(sorted(unknown))};"
+            f" there are: {', '.join(sorted(h.group for h in handlers)) or 'none'}"
+        )
+    chosen = [h for h in handlers if not only or h.group in only]
+    if not chosen:
+        raise DeclarationError("a worker needs at least one handler")
+    return chosen
+
+
+def _own_name() -> str:
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:60].lstrip("._-") or "host"
+    return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
