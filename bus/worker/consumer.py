@@ -57,7 +57,9 @@ class Consumer:
         self._retries = PromptRetries(
             store, name, telemetry, self._free, self.deliver, self._outcome_unknown
         )
-        self._settler = Settler(store, name, self.hands, telemetry, self._retries.parked)
+        self._settler = Settler(
+            store, name, self.hands, telemetry, self._retries.parked, self._relieved
+        )
         self.intake = Intake(
             store,
             handler.group,
@@ -149,7 +151,8 @@ class Consumer:
     def deliver(self, hand: Hand, taken: Taken, *, reclaimed: bool = False) -> int:
         """Take entries moved here by a script, before the new ones; return how many."""
         now = asyncio.get_running_loop().time()
-        fresh = [e for e in taken.entries if e[0] not in hand.held]
+        known = set(hand.known)
+        fresh = [e for e in taken.entries if e[0] not in known]
         for entry_id, count, fields in reversed(fresh):
             delivery: Delivery[Any] = Delivery(
                 hand, entry_id, fields, count, now, reclaimed=reclaimed
@@ -173,8 +176,13 @@ class Consumer:
     def _free(self) -> int:
         return max(0, self.concurrency - self._running - len(self._buffer))
 
+    def _relieved(self) -> None:
+        self.intake.look_again()
+
     def wanted(self) -> int:
         """Entries to ask for: the free slots, or what they do in IN_HAND_S if that is more."""
+        if self._settler.is_behind:
+            return 0
         ahead = min(int(self._rate * IN_HAND_S), 2 * READ_COUNT)
         room = max(self.concurrency - self._running, ahead) - len(self._buffer)
         if room > 0 and self._wants_turn:
@@ -259,10 +267,14 @@ class Consumer:
             slot.started_at = 0.0
             if slot.task is not None and slot.task.cancelling():
                 await self._end_cancelled(slot, delivery, verdict)
-        await self._settle(slot, delivery, verdict)
+        if verdict is ACK:
+            self._finished += 1
+            self._settler.ack(delivery)
+        else:
+            await self._settle(slot, delivery, verdict)
 
     async def _settle(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
-        if verdict is not ACK and isinstance(verdict, DeadLetter):
+        if isinstance(verdict, DeadLetter):
             await self._tell_on_dead(slot, delivery, verdict)
         self._finished += 1
         self._settler.settle(self.hands[delivery.origin.stream], delivery, verdict)

@@ -6,7 +6,7 @@ The rules are the table in `bus/delivery.py`; this file is their only implementa
 import asyncio
 import time
 import traceback
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,9 @@ from bus.delivery import (
     current_delivery,
 )
 from bus.errors import Reject, RetryLater, Undecodable, UnknownEventType
-from bus.event import EventInfo, newest_version
+from bus.event import Event, EventInfo, newest_version
 from bus.handler import Handler
-from bus.streams.codec import Located, decode, info_for, locate
+from bus.streams.codec import Located, decode, info_for, locate, plain_entry
 
 _TEXT_BYTES = 2_000  # of an error's message kept in a dead letter
 _TRACEBACK_BYTES = 8_000
@@ -78,11 +78,23 @@ class Executor:
         self._handler = handler
         self._call = handler.call
         self._infos: dict[tuple[bytes | None, bytes | None], EventInfo | None] = {}
+        self._plain: dict[bytes | None, Callable[[bytes], Event]] = {}  # version 1, JSON
 
     # --- before the handler
 
     def triage(self, delivery: Delivery[Any]) -> Verdict | None:
         """Decode the event into `delivery.event`; return a verdict if it must not be handled."""
+        plain = plain_entry(delivery.fields)
+        if plain is not None and (decode_plain := self._plain.get(plain[0])) is not None:
+            try:
+                delivery.event = decode_plain(plain[1])
+                return None
+            except Exception:  # noqa: S110 - the long way round says what is wrong
+                pass
+        return self._triage_any(delivery)
+
+    def _triage_any(self, delivery: Delivery[Any]) -> Verdict | None:
+        """Triage an entry with any fields in any order."""
         located = locate(delivery.fields)
         try:
             info = self._infos[located.type, located.version]
@@ -91,6 +103,8 @@ class Executor:
             if not isinstance(found, EventInfo) and found is not SKIP:
                 return found
             info = found if isinstance(found, EventInfo) else None
+            if info is not None and info.encoding == "json" and located.version is None:
+                self._plain[located.type] = info.decode
             if len(self._infos) < 10_000:  # noqa: PLR2004 - foreign writers may invent types
                 self._infos[located.type, located.version] = info
         if info is None:

@@ -14,15 +14,24 @@ from bus.telemetry import Telemetry
 class Hand(Origin):
     """The origin of its deliveries, and their verdicts on the way to the server.
 
-    held: everything delivered and not yet settled *on the server*; all of it is renewed, and
-        none of it is taken up a second time by recovery or reclaim.
+    held: what waits, runs, or has a verdict with a body that is not yet on the server; all of it
+        is renewed.
+    acks, acking: ids that were handled and are not yet acked on the server, waiting and on their
+        way; their bodies are gone already.
+    Nothing in any of them is taken up a second time by recovery or reclaim.
     """
 
     held: dict[bytes, Delivery[Any]] = field(default_factory=dict)
     acks: list[bytes] = field(default_factory=list)
+    acking: list[bytes] = field(default_factory=list)
     skipped: int = 0
     parks: list[tuple[Delivery[Any], Park | HandBack]] = field(default_factory=list)
     dead: list[tuple[Delivery[Any], DeadLetter]] = field(default_factory=list)
+
+    @property
+    def known(self) -> list[bytes]:
+        """The ids of everything in hand."""
+        return [*self.held, *self.acks, *self.acking]
 
     @property
     def has_verdicts(self) -> bool:

@@ -194,7 +194,7 @@ class Intake:
             more = True
             while more:
                 taken = await self._store.recover(
-                    stream, self._group, self._consumer, READ_COUNT, list(hand.held)
+                    stream, self._group, self._consumer, READ_COUNT, hand.known
                 )
                 more = len(taken.entries) + len(taken.lost) >= READ_COUNT
                 count = self._basket.deliver(hand, taken)

@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from bus.config import READ_COUNT
 from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
 from bus.streams.connection import Arg, ReplyError
@@ -14,6 +15,7 @@ from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand, chunks, names_of, tell_lost
 
+BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
 _BODIES_PER_CALL = 50  # dead letters carry their bodies
 Parked = Callable[[Hand, bytes, bytes, float], None]
 
@@ -28,12 +30,14 @@ class Settler:
         hands: dict[str, Hand],
         telemetry: Telemetry,
         parked: Parked,
+        relieved: Callable[[], None],
     ) -> None:
         self._store = store
         self._consumer = consumer
         self._hands = hands
         self._telemetry = telemetry
         self._parked = parked  # told (hand, lane, entry id, delay_s) of each entry that will be due
+        self._relieved = relieved  # told when verdicts have gone, so that reading may go on
         self._wanted: asyncio.Future[None] | None = None
         self._applying = False
         self._closing = False
@@ -43,10 +47,25 @@ class Settler:
         """Whether a verdict is not yet with the server."""
         return self._applying or any(h.has_verdicts for h in self._hands.values())
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether so many verdicts wait that nothing more should be read for now."""
+        return any(len(h.acks) + len(h.acking) > BEHIND for h in self._hands.values())
+
+    def ack(self, delivery: Delivery[Any]) -> None:
+        """Take the commonest verdict."""
+        delivery.settled = True
+        hand: Hand = delivery.origin  # type: ignore[assignment] # deliveries of a worker have one
+        hand.held.pop(delivery.entry_id, None)
+        hand.acks.append(delivery.entry_id)
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
     def settle(self, hand: Hand, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Take a verdict."""
         delivery.settled = True
         if isinstance(verdict, Ack):
+            hand.held.pop(delivery.entry_id, None)
             hand.acks.append(delivery.entry_id)
             hand.skipped += verdict is SKIP
         elif isinstance(verdict, DeadLetter):
@@ -72,6 +91,7 @@ class Settler:
                 done = await asyncio.gather(*(self._apply(h) for h in busy))
             finally:
                 self._applying = False
+            self._relieved()
             failures = 0 if all(done) else failures + 1
             if failures:
                 if self._closing:
@@ -86,14 +106,15 @@ class Settler:
 
     async def _apply(self, hand: Hand) -> bool:
         """Bring the verdicts of one stream to the server; False if some are to be tried again."""
-        acks, skipped, hand.acks, hand.skipped = hand.acks, hand.skipped, [], 0
+        hand.acking, skipped, hand.acks, hand.skipped = hand.acks, hand.skipped, [], 0
         parks, hand.parks = hand.parks, []
         dead, hand.dead = hand.dead, []
         ok = True
-        for ids in chunks(acks):
+        for ids in chunks(hand.acking):
             if not await self._attempt(hand, ids, self._ack(hand, ids)):
                 hand.acks += ids
                 ok = False
+        hand.acking = []
         if skipped:
             self._emit("delivery.skipped", hand, count=skipped)
         for part in chunks(parks):
