@@ -225,6 +225,7 @@ class Registry:
                     f"two handlers have the group {handler.group!r}: {other.name} and"
                     f" {handler.name}; each handler needs a group of its own"
                 )
+        self.handlers = tuple(by_group.values())  # one that was named twice runs once
 
     @classmethod
     def collect(cls, package: str) -> "Registry":

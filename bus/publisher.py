@@ -23,7 +23,14 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_never, wait_random_
 
 from bus.config import BATCH_BYTES, BATCH_EVENTS, REPLY_TIMEOUT_S, UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import Delivery, current_delivery
-from bus.errors import BusError, InvalidEvent, PublishTimeout, PublishUnknown, ServerUnreachable
+from bus.errors import (
+    BusError,
+    InvalidEvent,
+    PublishTimeout,
+    PublishUnknown,
+    ServerUnreachable,
+    Undecodable,
+)
 from bus.event import Event, EventInfo, info_of
 from bus.streams import keys
 from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
@@ -394,11 +401,20 @@ def _with_source(headers: Headers, defaults: Headers) -> Headers:
 
 
 def _caused_by(cause: Delivery[Any], headers: Headers) -> Headers:
-    envelope = cause.envelope
+    event_id, correlation_id = _ids_of(cause)
     return headers._replace(
-        causation_id=headers.causation_id or envelope.event_id,
-        correlation_id=headers.correlation_id or envelope.correlation_id or envelope.event_id,
+        causation_id=headers.causation_id or event_id,
+        correlation_id=headers.correlation_id or correlation_id,
     )
+
+
+def _ids_of(cause: Delivery[Any]) -> tuple[str, str]:
+    """Return event id and correlation id of a delivery; on_dead may run for one that has none."""
+    try:
+        envelope = cause.envelope
+    except Undecodable:
+        return cause.entry_id.decode(), cause.entry_id.decode()
+    return envelope.event_id, envelope.correlation_id or envelope.event_id
 
 
 def _derived_id(cause: Delivery[Any], type: str, key: str | None) -> str:
@@ -407,7 +423,7 @@ def _derived_id(cause: Delivery[Any], type: str, key: str | None) -> str:
     if ordinals is None:
         ordinals = cause.ordinals = {}
     ordinal = ordinals[type, key or ""] = ordinals.get((type, key or ""), 0) + 1
-    parts = (cause.envelope.event_id, cause.group, type, key or "", str(ordinal))
+    parts = (_ids_of(cause)[0], cause.group, type, key or "", str(ordinal))
     # Lengths in front: ("ab", "c") and ("a", "bc") must not meet.
     text = "".join(f"{len(p)}:{p}" for p in parts)
     return blake2b(text.encode(), digest_size=16).hexdigest()

@@ -9,13 +9,13 @@ start  -  end  +        the first and the last entry
 """
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from bus.errors import DeclarationError
 
 Position = str | int | datetime | None
 
-_ID = re.compile(r"\d{1,20}(-\d{1,20})?")
+_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
 _AGO = re.compile(r"@-(\d+(?:\.\d+)?)([smhdw])")
 _UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _FIRST_ISO = re.compile(r"@?\d{4}-\d{2}-\d{2}")
@@ -29,8 +29,8 @@ def as_id(position: Position, *, now: datetime | None = None, default: str = "-"
     if position is None:
         return default
     if isinstance(position, datetime):
-        return str(_ms(position))
-    if isinstance(position, int) and not isinstance(position, bool) and position >= 0:
+        position = position.isoformat()
+    if isinstance(position, int) and not isinstance(position, bool) and 0 <= position < 2**64:
         return str(position)
     if isinstance(position, str):
         found = _of_text(position.strip(), now or datetime.now(UTC))
@@ -48,11 +48,12 @@ def _of_text(text: str, now: datetime) -> str | None:  # noqa: PLR0911 - one per
     if text in ("end", "+"):
         return "+"
     if _ID.fullmatch(text):
-        return text
+        return text if all(int(number) < 2**64 for number in text.split("-")) else None
     ago = _AGO.fullmatch(text)
     try:
         if ago:
-            return str(max(0, _ms(now - timedelta(seconds=float(ago[1]) * _UNIT_S[ago[2]]))))
+            age_ms = float(ago[1]) * _UNIT_S[ago[2]] * 1000
+            return str(max(0, round(now.timestamp() * 1000 - age_ms)))
         if _FIRST_ISO.match(text):
             return str(_ms(datetime.fromisoformat(text.removeprefix("@"))))
     except (ValueError, OverflowError):

@@ -376,13 +376,13 @@ class Connection:
         if self._raw is not None:
             _drop(self._raw)
             self._raw = self.client_id = None
-        if not quiet and not self._closed:
-            self._telemetry.emit(
-                "connection.lost",
-                role=self._role,
-                error_type=type(error).__name__,
-                error=str(error),
-            )
+            if not quiet and not self._closed:
+                self._telemetry.emit(
+                    "connection.lost",
+                    role=self._role,
+                    error_type=type(error).__name__,
+                    error=str(error),
+                )
         for request in batch:
             if not request.future.done():
                 request.future.set_exception(error)

@@ -174,7 +174,8 @@ class Consumer:
     # --- how much is wanted
 
     def _free(self) -> int:
-        return max(0, self.concurrency - self._running - len(self._buffer))
+        waiting = len(self._buffer) + len(self._suspects)
+        return max(0, self.concurrency - self._running - waiting)
 
     def _relieved(self) -> None:
         self.intake.look_again()

@@ -75,6 +75,10 @@ async def serve(bus: WorkersBus, options: Options) -> int:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         reason = asked.result() if asked.done() else "broken" if broke.done() else "parent is gone"
         await worker.stop(reason)
+        if worker.stuck:  # the event loop would wait for it for ever
+            log.error("a handler ignores its cancellation: leaving it behind")
+            logging.shutdown()
+            os._exit(FAILED)
         if broke.done():
             await broke
         broke.cancel()

@@ -70,7 +70,7 @@ class Reclaimer:
             consumer.turn_given = self._turn_given.set
 
     async def run(self) -> None:
-        """Sweep once a second, and when a consumer that was full gives a slot."""
+        """Sweep once a second, when a full consumer gives a slot, and while there is more."""
         while True:
             try:
                 async with asyncio.timeout(SWEEP_S * random.uniform(0.8, 1.0)):  # noqa: S311
@@ -93,17 +93,17 @@ class Reclaimer:
 
     async def sweep(self) -> None:
         """Look once at the streams whose turn is ours, for consumers that have room."""
-        hungry = [c for c in self._consumers if c.reserve()]
+        room = {c: n for c in self._consumers if (n := c.reserve())}
         try:
             by_stream: dict[str, list[Consumer]] = {}
-            for consumer in hungry:
+            for consumer in room:
                 for stream in consumer.hands:
                     if stream not in consumer.intake.broken:
                         by_stream.setdefault(stream, []).append(consumer)
             for stream in await self._take_turns(list(by_stream)):
-                await self._sweep_stream(stream, by_stream[stream])
+                await self._sweep_stream(stream, by_stream[stream], room)
         finally:
-            for consumer in hungry:
+            for consumer in room:
                 consumer.release()
 
     async def _take_turns(self, streams: Sequence[str]) -> list[str]:
@@ -122,7 +122,9 @@ class Reclaimer:
             ours += got
         return ours
 
-    async def _sweep_stream(self, stream: str, consumers: Sequence[Consumer]) -> None:
+    async def _sweep_stream(
+        self, stream: str, consumers: Sequence[Consumer], room: dict[Consumer, int]
+    ) -> None:
         survey = await self._store.survey(stream, [c.group for c in consumers])
         now = asyncio.get_running_loop().time()
         for consumer in consumers:
@@ -138,10 +140,13 @@ class Reclaimer:
                 int(visibility_s * 1000),
                 look_at_idle=look_at_idle,
             )
-            await self._take(consumer, consumer.hands[stream], todo)
+            if room[consumer] > 0:
+                room[consumer] = await self._take(
+                    consumer, consumer.hands[stream], todo, room[consumer]
+                )
 
-    async def _take(self, consumer: Consumer, hand: Hand, todo: Plan) -> None:
-        room = consumer.reserve()
+    async def _take(self, consumer: Consumer, hand: Hand, todo: Plan, room: int) -> int:
+        """Take what `todo` says, at most `room` entries; return the room that is left."""
         if todo.lanes:
             taken = await self._store.take_due(
                 hand.stream, consumer.group, self._name, room, todo.lanes
@@ -168,3 +173,6 @@ class Reclaimer:
                     count=count,
                     owner=owner.decode(errors="replace"),
                 )
+        if room <= 0:  # it took all it had room for: there is probably more
+            self._turn_given.set()
+        return room

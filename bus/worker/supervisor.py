@@ -31,6 +31,7 @@ from bus.worker.lease import Lease
 from bus.worker.reclaimer import Reclaimer
 
 _TICK_S = 0.05  # how exactly timeout_s is kept
+_STUCK_S = 1.0  # how long a handler may resist its cancellation before it is left behind
 _FLUSH_S = 5.0  # what the last verdicts get when the server does not answer at the end
 
 
@@ -150,7 +151,8 @@ class Worker:
                 wanted += [(consumer, s) for s in streams if s not in consumer.hands]
         if not wanted:
             return
-        first = {"beginning": "0", "now": "$"}
+        # A partition that appears while we run holds only what is new, so nothing is skipped.
+        first = {"beginning": "0", "now": "0" if self._intakes else "$"}
         results = await self._store.create_groups(
             [(s, c.group, first[c.handler.start]) for c, s in wanted]
         )
@@ -275,12 +277,14 @@ class Worker:
         return True
 
     async def _cancel_tasks(self) -> None:
-        tasks = list(self._tasks)
-        # Slots and settlers end by themselves now; the loops of `_every` have to be told.
-        done, late = await asyncio.wait(tasks, timeout=0.05) if tasks else (set(), set())
-        for task in late:
-            task.cancel()
-        await asyncio.gather(*done, *late, return_exceptions=True)
+        # Slots and settlers end by themselves now; the loops of `_every` have to be told. A
+        # handler that ignores its cancellation cannot be waited for.
+        if self._tasks:
+            _, late = await asyncio.wait(list(self._tasks), timeout=0.05)
+            for task in late:
+                task.cancel()
+            if late:
+                await asyncio.wait(late, timeout=_STUCK_S)
 
     async def _say_goodbye(self) -> None:
         """Give up leases and leave the groups, so that nobody has to find out that we are gone."""
@@ -304,10 +308,10 @@ class Worker:
             c.name == self.name.encode() for rows in survey.groups.values() for c in rows
         )
 
-    def abort(self) -> None:
-        """Stop at once without draining: the leases do the rest."""
-        for task in self._tasks:
-            task.cancel()
+    @property
+    def stuck(self) -> bool:
+        """Whether tasks are left after `stop` because their handlers ignore cancellation."""
+        return self._stopped and bool(self._tasks)
 
     async def __aenter__(self) -> Self:
         """Start."""

@@ -1,10 +1,10 @@
 -- Shared head of the scripts that end or move a delivery; not a verb by itself.
 
 -- owned(stream, group, owner, ids) -> table id -> delivery count, of those `ids` that are pending
--- and whose owner is `owner`. One XPENDING page per #ids rows (0.9-1.4 us per row), oldest first:
--- what a worker finishes is among its oldest entries.
+-- and whose owner is `owner`. XPENDING pages of #ids rows (0.9-1.4 us per row), from the first id
+-- on, since ids come nearly in order; only when some are missing, what lies before it, too.
 local function owned(stream, group, owner, ids)
-  local wanted, found, left, from = {}, {}, 0, '-'
+  local wanted, found, left = {}, {}, 0
   for _, id in ipairs(ids) do
     if not wanted[id] then
       wanted[id] = true
@@ -12,17 +12,21 @@ local function owned(stream, group, owner, ids)
     end
   end
   local page = math.max(left, 16)
-  while left > 0 do
-    local rows = redis.call('XPENDING', stream, group, from, '+', page, owner)
-    for _, row in ipairs(rows) do
-      if wanted[row[1]] then
-        found[row[1]] = row[4]
-        left = left - 1
+  local function scan(from, to)
+    while left > 0 do
+      local rows = redis.call('XPENDING', stream, group, from, to, page, owner)
+      for _, row in ipairs(rows) do
+        if wanted[row[1]] then
+          found[row[1]] = row[4]
+          left = left - 1
+        end
       end
+      if #rows < page then break end
+      from = '(' .. rows[#rows][1]
     end
-    if #rows < page then break end
-    from = '(' .. rows[#rows][1]
   end
+  scan(ids[1], '+')
+  scan('-', '(' .. ids[1])
   return found
 end
 
