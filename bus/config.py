@@ -23,7 +23,6 @@ MAX_ATTEMPTS = 5
 CONCURRENCY = 16
 VISIBILITY_S = 30.0  # a delivery nobody renewed for this long belongs to whoever takes it
 LEASE_S = 15.0  # a worker not heard of for this long is dead
-LEASE_RENEW_S = 5.0  # a third of it: two renewals may be lost
 GRACE_S = 20.0  # what a handler gets to finish at shutdown; below the usual 30 s of orchestrators
 READ_COUNT = 500  # entries per read; the measured optimum (250-500)
 READ_BYTES = 1024 * 1024  # aim per read, by the running mean of entry sizes

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -260,9 +261,12 @@ def _modules(package: str) -> list[Any]:
     def load(name: str) -> Any:
         try:
             return importlib.import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            users = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+            where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
             raise DeclarationError(
-                f"cannot import handlers from {name!r}: {type(error).__name__}: {error}"
+                f"cannot import handlers from {name!r}: {type(error).__name__}: {error}{where}"
             ) from error
 
     root = load(package)

@@ -64,9 +64,9 @@ def encode(  # noqa: C901 - one branch per field, in wire order
     """
     try:
         data = info.encode(event)
-        info.decode(data)
         if info.may_hold_floats:
             _refuse_nan(event)
+        info.decode(data)
         # What users fill is encoded here: a lone surrogate must fail at its caller, not later.
         fields: Fields = ["id", event_id.encode(), "type", info.type, "data", data]
         if info.version != 1:
@@ -165,7 +165,10 @@ def decode(info: EventInfo, located: Located) -> Event:
             return info.decode(data)
         return _other_decoder(info, content_type)(data)
     except Exception as error:  # UnicodeDecodeError and RecursionError are not msgspec errors
-        raise Undecodable(f"{info.type}: {type(error).__name__}: {error}") from error
+        # From None: the traceback of a chained error would show its text all the same.
+        raise Undecodable(
+            f"{info.type}: {type(error).__name__}: {_without_values(error)}"
+        ) from None
 
 
 def _content_type(info: EventInfo) -> bytes:
@@ -271,6 +274,8 @@ def _refuse_nan(value: Any) -> None:  # noqa: C901 - one branch per container
 def _without_values(error: Exception) -> str:
     """Return the error's text unless it may quote a value of the event."""
     if isinstance(error, UnicodeError):
-        return "a string or header is not encodable as UTF-8"
+        return "a string or header is not UTF-8"
     text = str(error)
-    return "" if isinstance(error, msgspec.ValidationError) and text.startswith("Invalid") else text
+    if isinstance(error, msgspec.ValidationError) and not text.startswith(("Expected", "Object m")):
+        return "a value is not valid"  # "Invalid enum value ...", or a class's own words
+    return text

@@ -329,11 +329,6 @@ class StreamStore:
         rows = await self._history.call("XRANGE", stream, first, last, "COUNT", count)
         return [(r[0], r[1]) for r in rows]
 
-    async def now_ms(self) -> int:
-        """Return the server's clock. TIME."""
-        seconds, micros = await self.commands.call("TIME")
-        return int(seconds) * 1000 + int(micros) // 1000
-
     # --- sending
 
     async def _pipeline(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:

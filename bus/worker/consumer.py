@@ -113,7 +113,11 @@ class Consumer:
         self._retries.stop()
         await self.intake.stop(intake)
         await self._retries.finish()
-        return self._hand_back(lambda _: True)
+        handed_back = self._hand_back(lambda _: True)
+        # What was reclaimed and not started is left as it is: its count says how often it was
+        # started, and others reclaim it when our lease is gone.
+        self._forget([*self._buffer, *self._suspects])
+        return handed_back
 
     async def finished(self) -> None:
         """Wait until no handler runs and every verdict is with the server."""
@@ -408,11 +412,7 @@ class Consumer:
         self._telemetry.emit("delivery.dropped", stream=hand.stream, group=self.group, count=count)
 
     def _hand_back(self, chosen: Callable[[Delivery[Any]], bool]) -> int:
-        """Hand back what has not started; return how many.
-
-        Reclaimed entries cannot be handed back, their count says how often they were started:
-        when we stop they are left to be reclaimed again as they are.
-        """
+        """Hand back what has not started and was not reclaimed; return how many."""
         back = [d for d in self._buffer if not d.reclaimed and chosen(d)]
         held = {id(d) for d in back}
         keep = [d for d in self._buffer if id(d) not in held]
@@ -421,10 +421,6 @@ class Consumer:
         for delivery in back:
             self._settler.settle(self.hands[delivery.origin.stream], delivery, HAND_BACK)
         return len(back)
-
-    def leave_reclaimed(self) -> None:
-        """Forget what was reclaimed and not started: others reclaim it when our lease is gone."""
-        self._forget([*self._buffer, *self._suspects])
 
     # --- the tick
 

@@ -259,7 +259,6 @@ class Worker:
             cancelled = sum(c.cancel_calls() for c in self._consumers)
             await self._finished(_FLUSH_S)
         for consumer in self._consumers:
-            consumer.leave_reclaimed()
             await consumer.close()
         await self._cancel_tasks()
         await self._say_goodbye()
