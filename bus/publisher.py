@@ -100,6 +100,10 @@ class _Lane:
             self.task = loop.create_task(self._drain())
         return unit.future
 
+    def awaited(self) -> list["asyncio.Future[tuple[str, int]]"]:
+        """Return the futures that somebody waits for."""
+        return [u.future for u in (*self._in_flight, *self._units) if not u.future.done()]
+
     async def _drain(self) -> None:
         try:
             while self._units:
@@ -327,10 +331,15 @@ class Publisher:
         return done
 
     async def close(self) -> None:
-        """Wait until what was published has an outcome."""
+        """Wait until everybody who waits for a publish has an outcome."""
+        awaited = [f for lane in self._lanes.values() for f in lane.awaited()]
+        if awaited:
+            await asyncio.wait(awaited, timeout=self._timeout_s)
+        # What is left is waited for by nobody: callers that gave up, or were cancelled.
         tasks = [lane.task for lane in self._lanes.values() if lane.task is not None]
-        if tasks:
-            await asyncio.wait(tasks, timeout=self._timeout_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _encoded(
         self, route: _Route, event: Event, event_id: str | None, headers: Headers | None

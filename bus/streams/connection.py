@@ -20,7 +20,7 @@ import redis.asyncio
 from redis import exceptions as redis_errors
 from redis.asyncio.connection import (
     AbstractConnection,
-    ConnectionPool,
+    BlockingConnectionPool,
     SSLConnection,
     UnixDomainSocketConnection,
 )
@@ -71,9 +71,10 @@ TRANSIENT = frozenset(
         "UNBLOCKED",
     ]
 )
-_IN_SCRIPT = re.compile(r"-([A-Z]{2,})\b")
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{2,})\b")  # how 6.2 quotes the inner error
 _FIRST_WORD = re.compile(r"([A-Z][A-Z0-9]+)\b")
 
+CLIENT_CONNECTIONS = 50  # of bus.redis; a handler that finds all in use waits its turn
 TLS_OPTIONS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 
 
@@ -105,7 +106,7 @@ class ReplyError(BusError):
         for kind, code in _CODES.items():
             if isinstance(error, kind):
                 return cls(code, text)
-        if "script" in text and ("ACL failure" in text or "can't run this command" in text):
+        if "script" in text and ("ACL failure" in text or "executing the script can't" in text):
             return cls("NOPERM", text)
         inner = _IN_SCRIPT.search(text) if "script" in text else None
         first = _FIRST_WORD.match(text)
@@ -176,6 +177,10 @@ def parse_url(url: str) -> Address:
         raise DeclarationError(
             f"{scheme}:// is no known scheme: use redis://, rediss:// (TLS) or unix://"
         )
+    if "@" in parts.path + parts.query + parts.fragment:  # it may be the rest of a password
+        raise DeclarationError(
+            "the URL has an '@' too late: write # ? / @ of a password as %23 ..."
+        )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     allowed = {"db"} if scheme != "rediss" else {"db", *TLS_OPTIONS}
     for name in options.keys() - allowed:
@@ -188,7 +193,7 @@ def parse_url(url: str) -> Address:
             raise DeclarationError("a unix:// URL names a socket: unix:///run/redis.sock")
     else:
         database = parts.path.strip("/") or options.get("db", "0")
-    if not database.isdigit():
+    if not (database.isascii() and database.isdigit()):
         raise DeclarationError("the database in the URL is not a number")
     return Address(
         scheme=scheme,
@@ -248,9 +253,11 @@ class Standalone:
         return connection
 
     def client(self) -> "redis.asyncio.Redis":
-        """Return a plain client: 50 connections at most, no retries, replies as bytes."""
+        """Return a plain client: 50 connections, waits for a free one; no retries, bytes."""
         kind, settings = self._kind_and_settings()
-        pool = ConnectionPool(connection_class=kind, max_connections=50, **settings)
+        pool = BlockingConnectionPool(
+            connection_class=kind, max_connections=CLIENT_CONNECTIONS, timeout=30, **settings
+        )
         return redis.asyncio.Redis.from_pool(pool)
 
     def _kind_and_settings(self) -> tuple[type[AbstractConnection], dict[str, Any]]:

@@ -8,6 +8,7 @@ the streams are empty.
 
 import asyncio
 from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 
@@ -23,7 +24,7 @@ IMPLICIT_TTL_S = 5.0  # how soon a process notices that its implicit record was 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is recorded of a topic. Unknown fields of later releases are left alone."""
 
-    partitions: int
+    partitions: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     implicit: bool = False
 
 

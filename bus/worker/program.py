@@ -20,7 +20,9 @@ from bus.worker.supervisor import Worker, WorkersBus
 
 DRAINED, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 69, 130
 
-_PARENT = "BUS_WORKER_PARENT"  # pid of the process that started us and wants us to end with it
+PARENT_VARIABLE = (
+    "BUS_WORKER_PARENT"  # pid of the process that started us and wants us to end with it
+)
 _RESTART_FIRST_S, _RESTART_MAX_S, _LIVED_WELL_S = 0.5, 30.0, 60.0
 
 
@@ -101,7 +103,7 @@ async def serve(bus: WorkersBus, options: Options) -> int:
 
 async def _orphaned() -> None:
     """Return when the parent that started this process is gone; never if there is none."""
-    parent = os.environ.get(_PARENT)
+    parent = os.environ.get(PARENT_VARIABLE)
     while parent is None or os.getppid() == int(parent):  # noqa: ASYNC110 - nothing tells us
         await asyncio.sleep(1.0)
 
@@ -133,7 +135,9 @@ async def supervise(  # noqa: C901 - the life of a process is told in one place
         while True:
             started = loop.time()
             child = await asyncio.create_subprocess_exec(
-                *command, env={**os.environ, _PARENT: str(os.getpid())}, start_new_session=True
+                *command,
+                env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+                start_new_session=True,
             )
             running.add(child)
             if stopping.is_set():

@@ -131,8 +131,6 @@ class Reclaimer:
             visibility_s = consumer.handler.visibility_s
             looked_at = self._idle_looked_at.get((stream, consumer.group), 0.0)
             look_at_idle = now - looked_at >= max(SWEEP_S / 2, visibility_s / 3)
-            if look_at_idle:
-                self._idle_looked_at[stream, consumer.group] = now
             todo = plan(
                 survey,
                 consumer.group,
@@ -144,6 +142,8 @@ class Reclaimer:
                 room[consumer] = await self._take(
                     consumer, consumer.hands[stream], todo, room[consumer]
                 )
+                if look_at_idle and room[consumer] > 0:  # else there may be more: look again
+                    self._idle_looked_at[stream, consumer.group] = now
 
     async def _take(self, consumer: Consumer, hand: Hand, todo: Plan, room: int) -> int:
         """Take what `todo` says, at most `room` entries; return the room that is left."""
