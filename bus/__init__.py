@@ -10,6 +10,7 @@ from bus.bus import Bus
 from bus.delivery import DeadLettered, Delivery, Envelope
 from bus.errors import (
     AuthenticationFailed,
+    BusClosed,
     BusError,
     DeclarationError,
     EventTooLarge,
@@ -39,6 +40,7 @@ __all__ = [
     "AuthenticationFailed",
     "Backoff",
     "Bus",
+    "BusClosed",
     "BusError",
     "DeadLettered",
     "DeclarationError",

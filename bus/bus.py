@@ -15,15 +15,11 @@ from bus.event import Event
 from bus.history.event_store import history
 from bus.history.position import Position
 from bus.publisher import Publisher, Receipt
+from bus.streams.address import parse_url
 from bus.streams.codec import Headers
-from bus.streams.connection import (
-    Server,
-    Standalone,
-    call_after_fork,
-    check_server,
-    forget_after_fork,
-    parse_url,
-)
+from bus.streams.connection import Server
+from bus.streams.fork import call_after_fork, forget_after_fork
+from bus.streams.server import Standalone, check_server
 from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 from bus.telemetry import Telemetry

@@ -14,6 +14,7 @@ BusError
 │   ├── PermissionDenied      the user may not run a command that is needed
 │   ├── ServerUnsuitable      too old, or it may evict streams
 │   └── WrongKeyType          a key that should be a stream holds something else
+├── BusClosed                 the bus was closed before; connect again
 └── PublishError              a publish did not end well
     ├── PublishTimeout        not published: nothing was sent, or the server refused it to the end
     └── PublishUnknown        sent, and no answer came in time: it may have been published
@@ -76,6 +77,10 @@ class ServerUnsuitable(ServerError):
 
 class WrongKeyType(ServerError):
     """A key that should hold a stream holds another type; it is never deleted by the bus."""
+
+
+class BusClosed(BusError):
+    """The bus, or the connection asked for, has been closed."""
 
 
 class PublishError(BusError):

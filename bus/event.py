@@ -121,7 +121,7 @@ def _inherited(bases: tuple[type, ...], what: str) -> Any:
     return None
 
 
-# Said again, because Struct itself is one to type checkers, and a base class goes before a metaclass.
+# Said again: Struct is one to type checkers, and a base class goes before a metaclass.
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Event(msgspec.Struct, metaclass=EventMeta):
     """Base of all events: frozen, keyword-only, hashable, tolerant of unknown fields.

@@ -1,41 +1,36 @@
 """The way in: events become entries, coalesced per stream, each batch appended at most once.
 
-    publish -> encode -> the stream's lane -> one script call per stream in flight -> receipt
+    publish -> encode -> the stream's sender -> one script call per stream in flight -> receipt
 
-While a call is in flight, publishes collect in the lane; the next call takes them in order. A
-unit (one `publish`, or the part of a `publish_many` that goes to one stream) is appended whole
-or not at all. A batch whose outcome is unknown is sent again, unchanged and under the same
-sequence number, which the script recognises; nothing else is ever re-sent.
+While a call is in flight, publishes collect in the sender; the next call takes them in order.
 """
 
 import asyncio
 import os
 import secrets
 import time
-from collections import deque
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from itertools import count
 from typing import Any
 
 import msgspec
-from tenacity import AsyncRetrying, retry_if_exception, stop_never, wait_random_exponential
-
-from bus.config import BATCH_BYTES, BATCH_EVENTS, REPLY_TIMEOUT_S, UNIT_BYTES, UNIT_EVENTS
-from bus.delivery import Delivery, current_delivery
-from bus.errors import (
-    BusError,
-    InvalidEvent,
-    PublishTimeout,
-    PublishUnknown,
-    ServerUnreachable,
-    Undecodable,
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception,
+    stop_after_delay,
+    wait_random_exponential,
 )
+
+from bus.config import UNIT_BYTES, UNIT_EVENTS
+from bus.delivery import Delivery, current_delivery
+from bus.errors import BusError, InvalidEvent, PublishTimeout, Undecodable
 from bus.event import Event, EventInfo, info_of
+from bus.sender import Sender, Unit, is_transient
 from bus.streams import keys
 from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
-from bus.streams.connection import TRANSIENT, Arg, ConnectionLost, ReplyError
-from bus.streams.stream import Appended, StreamStore
+from bus.streams.connection import Arg
+from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 from bus.telemetry import Telemetry
 
@@ -51,203 +46,6 @@ class Receipt(msgspec.Struct, frozen=True):
     event_id: str
     stream: str
     entry_id: str
-
-
-class _Unit:
-    """What is appended whole: its wire arguments and who waits for it."""
-
-    __slots__ = ("args", "bytes", "deadline", "events", "future")
-
-    def __init__(self, events: int, size: int, args: list[Arg], deadline: float) -> None:
-        self.events = events
-        self.bytes = size
-        self.args = args
-        self.deadline = deadline
-        self.future: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
-
-
-class _Lane:
-    """The publishes of one stream: a queue, and at most one script call in flight."""
-
-    def __init__(
-        self,
-        stream: str,
-        publisher_id: str,
-        store: StreamStore,
-        telemetry: Telemetry,
-        patience_s: float,
-    ) -> None:
-        self._stream = stream
-        self._publisher_id = publisher_id
-        self._store = store
-        self._telemetry = telemetry
-        self._timeout_s = min(patience_s, REPLY_TIMEOUT_S)
-        self._units: deque[_Unit] = deque()
-        self._in_flight: list[_Unit] = []
-        self._maybe_sent = False  # whether the batch in flight may have been appended unseen
-        self._sequence = 0
-        self._deadline: asyncio.TimerHandle | None = None
-        self.task: asyncio.Task[None] | None = None
-
-    def add(self, unit: _Unit) -> "asyncio.Future[tuple[str, int]]":
-        """Queue a unit; its future gives the id of its first event as (ms, sequence)."""
-        self._units.append(unit)
-        loop = unit.future.get_loop()
-        if self._deadline is None:
-            self._deadline = loop.call_at(unit.deadline, self._expire)
-        if self.task is None:
-            # The task starts in the next turn of the loop: what this turn publishes goes together.
-            self.task = loop.create_task(self._drain())
-        return unit.future
-
-    def awaited(self) -> list["asyncio.Future[tuple[str, int]]"]:
-        """Return the futures that somebody waits for."""
-        return [u.future for u in (*self._in_flight, *self._units) if not u.future.done()]
-
-    async def _drain(self) -> None:
-        try:
-            while self._units:
-                await self._send(self._next_batch())
-        finally:
-            self.task = None
-            self._in_flight = []
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
-    def _next_batch(self) -> list[_Unit]:
-        batch: list[_Unit] = []
-        events = size = 0
-        while self._units:
-            unit = self._units[0]
-            if batch and (events + unit.events > BATCH_EVENTS or size + unit.bytes > BATCH_BYTES):
-                break
-            events += unit.events
-            size += unit.bytes
-            batch.append(self._units.popleft())
-        return batch
-
-    async def _send(self, batch: list[_Unit]) -> None:
-        self._in_flight = batch
-        self._maybe_sent = False
-        self._sequence += 1
-        started = time.perf_counter()
-        try:
-            try:
-                where = await self._attempt(batch)
-            except BusError as error:
-                if not _is_transient(error):
-                    raise
-                where = await self._insist(batch, error)
-        except Exception as error:
-            self._fail(batch, error)
-            return
-        at = where.sequence
-        for unit in batch:
-            if not unit.future.done():
-                unit.future.set_result((where.ms, at))
-            at += unit.events
-        self._telemetry.emit(
-            "publish.appended",
-            stream=self._stream,
-            count=where.events,
-            bytes=sum(u.bytes for u in batch),
-            duration_s=time.perf_counter() - started,
-        )
-
-    async def _attempt(self, batch: list[_Unit]) -> Appended:
-        before, self._maybe_sent = self._maybe_sent, True  # true while it is on its way
-        try:
-            return await self._store.append(
-                self._stream,
-                self._publisher_id,
-                self._sequence,
-                [u.args for u in batch],
-                self._timeout_s,
-            )
-        except ConnectionLost as error:
-            self._maybe_sent = before or error.sent
-            raise
-        except BusError:
-            self._maybe_sent = before
-            raise
-
-    async def _insist(self, batch: list[_Unit], first: BusError) -> Appended:
-        """Send the batch again until it is in or its last deadline has passed."""
-        loop = asyncio.get_running_loop()
-        last = max(u.deadline for u in batch)
-        error: BusError = first
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception(_is_transient),
-            stop=stop_never,
-            wait=wait_random_exponential(multiplier=0.02, max=1.0),
-            reraise=True,
-        ):
-            if loop.time() >= last:
-                raise error
-            self._telemetry.emit(
-                "publish.retried",
-                stream=self._stream,
-                count=sum(u.events for u in batch),
-                error_type=type(error).__name__,
-                error=str(error),
-            )
-            with attempt:
-                try:
-                    return await self._attempt(batch)
-                except BusError as again:
-                    error = again
-                    raise
-        raise error
-
-    def _expire(self) -> None:
-        """Tell the callers whose time is up; their batch may go on being sent all the same."""
-        loop = asyncio.get_running_loop()
-        now = loop.time()
-        for units, unknown in ((self._in_flight, self._maybe_sent), (self._units, False)):
-            late = [u for u in units if u.deadline <= now and not u.future.done()]
-            for unit in late:
-                unit.future.set_exception(self._too_late(unknown))
-            if units is self._units:
-                for unit in late:
-                    self._units.remove(unit)
-        waiting = [u.deadline for u in (*self._in_flight, *self._units) if not u.future.done()]
-        self._deadline = loop.call_at(min(waiting), self._expire) if waiting else None
-
-    def _too_late(self, unknown: bool, cause: Exception | None = None) -> BusError:  # noqa: FBT001
-        why = f" ({cause})" if cause is not None else ""
-        if unknown:
-            return PublishUnknown(
-                f"no answer from {self._stream} in time{why}: the event may have been published;"
-                " publish it again only if handlers tolerate it twice"
-            )
-        return PublishTimeout(
-            f"{self._stream} could not be reached in time{why}: the event was not published"
-        )
-
-    def _fail(self, batch: list[_Unit], error: Exception) -> None:
-        told = error
-        if _is_transient(error) or self._maybe_sent:
-            told = self._too_late(self._maybe_sent, error)
-        elif isinstance(error, ReplyError):
-            told = error.explained(self._stream)
-        for unit in batch:
-            if not unit.future.done():
-                unit.future.set_exception(told)
-                unit.future.exception()  # a caller that gave up never looks
-        self._telemetry.emit(
-            "publish.failed",
-            stream=self._stream,
-            count=sum(u.events for u in batch),
-            error_type=type(told).__name__,
-            error=str(told),
-        )
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, ReplyError):
-        return error.code in TRANSIENT
-    return isinstance(error, ConnectionLost | ServerUnreachable)
 
 
 class _Route:
@@ -286,8 +84,10 @@ class Publisher:
         self._headers = NO_HEADERS if source is None else Headers(source=source)
         self._id = secrets.token_hex(8)
         self._ids = _EventIds()
-        self._lanes: dict[str, _Lane] = {}
+        self._senders: dict[str, Sender] = {}
         self._routes: dict[type[Event], _Route] = {}
+        self._routing = asyncio.Lock()
+        self._unrouted = 0
 
     async def publish(
         self, event: Event, event_id: str | None = None, headers: Headers | None = None
@@ -296,7 +96,7 @@ class Publisher:
         route = await self._route(event)
         event_id, stream, args, size = self._encoded(route, event, event_id, headers)
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        ms, at = await self._lane(stream).add(_Unit(1, size, [1, *args], deadline))
+        ms, at = await self._sender(stream).add(Unit(1, size, [1, *args], deadline))
         return Receipt(event_id, stream, f"{ms}-{at}")
 
     async def publish_many(
@@ -312,7 +112,7 @@ class Publisher:
             total += 1
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         units = {s: _unit_of(s, items, deadline) for s, items in by_stream.items()}
-        futures = [self._lane(s).add(u) for s, u in units.items()]
+        futures = [self._sender(s).add(u) for s, u in units.items()]
         results = await asyncio.gather(*futures, return_exceptions=True)
         receipts: list[Receipt | None] = [None] * total
         failures: list[BaseException] = []
@@ -332,11 +132,11 @@ class Publisher:
 
     async def close(self) -> None:
         """Wait until everybody who waits for a publish has an outcome."""
-        awaited = [f for lane in self._lanes.values() for f in lane.awaited()]
+        awaited = [f for sender in self._senders.values() for f in sender.awaited()]
         if awaited:
             await asyncio.wait(awaited, timeout=self._timeout_s)
         # What is left is waited for by nobody: callers that gave up, or were cancelled.
-        tasks = [lane.task for lane in self._lanes.values() if lane.task is not None]
+        tasks = [sender.task for sender in self._senders.values() if sender.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -363,36 +163,77 @@ class Publisher:
         return event_id, stream, [len(fields), *fields], size
 
     async def _route(self, event: Event) -> _Route:
-        cls = event.__class__
-        route = self._routes.get(cls)
-        if route is not None and (
-            route.stale_at is None or asyncio.get_running_loop().time() < route.stale_at
-        ):
+        route = self._fresh_route(event.__class__)
+        if route is not None and not self._unrouted:
             return route
+        # First in, first out: what is published later must not overtake those that wait here.
+        self._unrouted += 1
+        try:
+            async with self._routing:
+                return self._fresh_route(event.__class__) or await self._find_route(event)
+        finally:
+            self._unrouted -= 1
+
+    async def _find_route(self, event: Event) -> _Route:
+        """Ask for the partitions of the event's topic, again until `publish_timeout_s`."""
+        cls = event.__class__
         if not isinstance(event, Event):
             raise InvalidEvent(
                 f"only events can be published, not {cls.__name__}:"
                 " declare a class X(Event, type='family.what_happened')"
             )
         info = info_of(cls)
-        partitions, may_change = await self._topics.partitions(info.topic)
-        stale_at = asyncio.get_running_loop().time() + 1.0 if may_change else None
+        try:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception(is_transient),
+                stop=stop_after_delay(self._timeout_s),
+                wait=wait_random_exponential(multiplier=0.02, max=1.0),
+                reraise=True,
+            ):
+                with attempt:
+                    return await self._ask_route(cls, info)
+        except BusError as error:
+            if not is_transient(error):
+                raise
+            raise PublishTimeout(
+                f"the partitions of topic {info.topic} could not be had in time ({error}):"
+                " the event was not published"
+            ) from None
+        raise AssertionError("unreachable")
+
+    async def _ask_route(self, cls: type[Event], info: EventInfo) -> _Route:
+        loop = asyncio.get_running_loop()
+        try:
+            partitions, may_change = await self._topics.partitions(info.topic)
+        except BusError as error:
+            known = self._routes.get(cls)
+            if known is None or not is_transient(error):
+                raise
+            known.stale_at = loop.time() + 1.0  # the server is away: what was known must do
+            return known
+        stale_at = loop.time() + 1.0 if may_change else None
         route = _Route(info, self._topics.streams(info.topic, partitions), stale_at)
         self._routes[cls] = route
         return route
 
-    def _lane(self, stream: str) -> _Lane:
-        lane = self._lanes.get(stream)
-        if lane is None:
-            lane = self._lanes[stream] = _Lane(
+    def _fresh_route(self, cls: type[Event]) -> _Route | None:
+        route = self._routes.get(cls)
+        if route is None or route.stale_at is None:
+            return route
+        return route if asyncio.get_running_loop().time() < route.stale_at else None
+
+    def _sender(self, stream: str) -> Sender:
+        sender = self._senders.get(stream)
+        if sender is None:
+            sender = self._senders[stream] = Sender(
                 stream, self._id, self._store, self._telemetry, self._timeout_s
             )
-        return lane
+        return sender
 
 
 def _unit_of(
     stream: str, items: Sequence[tuple[int, str, list[Arg], int]], deadline: float
-) -> _Unit:
+) -> Unit:
     size = sum(i[3] for i in items)
     if len(items) > UNIT_EVENTS or size > UNIT_BYTES:
         raise InvalidEvent(
@@ -402,7 +243,7 @@ def _unit_of(
     args: list[Arg] = [len(items)]
     for item in items:
         args += item[2]
-    return _Unit(len(items), size, args, deadline)
+    return Unit(len(items), size, args, deadline)
 
 
 def _with_source(headers: Headers, defaults: Headers) -> Headers:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from bus.config import PRODUCER_MEMORY_S, REPLY_TIMEOUT_S
 from bus.streams import keys
-from bus.streams.connection import Arg, Connection, Reply, ReplyError, Server, pack
+from bus.streams.connection import Arg, Connection, Server, pack
+from bus.streams.replies import Reply, ReplyError
 from bus.streams.script import Script
 from bus.telemetry import Telemetry
 
@@ -124,10 +125,12 @@ class StreamStore:
 
     # --- topics
 
-    async def topic_records(self) -> dict[str, bytes]:
-        """Return topic -> recorded JSON. HGETALL."""
-        flat = await self.commands.call("HGETALL", keys.TOPICS)
-        return {k.decode(): v for k, v in zip(flat[::2], flat[1::2], strict=True)}
+    async def topic_record(self, topic: str) -> bytes:
+        """Return what is recorded of `topic`, b"" for nothing. HGET."""
+        try:
+            return await self.commands.call("HGET", keys.TOPICS, topic) or b""
+        except ReplyError as error:
+            raise error.explained(keys.TOPICS) from None
 
     async def record_topic(self, topic: str, expected: bytes, new: bytes) -> bytes:
         """Record `new` if `expected` (b"" for nothing) still stands; return what stands now."""
@@ -326,7 +329,10 @@ class StreamStore:
 
     async def range(self, stream: str, first: str, last: str, count: int) -> list[RawEntry]:
         """Return up to `count` entries from `first` to `last`, both ids included. XRANGE."""
-        rows = await self._history.call("XRANGE", stream, first, last, "COUNT", count)
+        try:
+            rows = await self._history.call("XRANGE", stream, first, last, "COUNT", count)
+        except ReplyError as error:
+            raise error.explained(stream) from None
         return [(r[0], r[1]) for r in rows]
 
     # --- sending
@@ -373,21 +379,20 @@ class Reader:
         if block_ms:
             command += ("BLOCK", block_ms)
         command += ("STREAMS", *streams, *(">" for _ in streams))
-        packed, replies = pack(command), 1
-        if self._connection.client_id is None:
-            packed, replies = pack(("CLIENT", "ID")) + packed, 2
-        *identity, reply = await self._connection.submit(
-            packed, replies, block_ms / 1000 + REPLY_TIMEOUT_S
+        if self._connection.client_id is None:  # known before the first read can block
+            (identity,) = await self._connection.submit(pack(("CLIENT", "ID")))
+            # The access list may forbid asking; then reads end by their BLOCK.
+            self._connection.client_id = identity if isinstance(identity, int) else 0
+        (reply,) = await self._connection.submit(
+            pack(command), 1, block_ms / 1000 + REPLY_TIMEOUT_S
         )
-        if identity and isinstance(identity[0], int):  # the access list may forbid asking
-            self._connection.client_id = identity[0]
         if isinstance(reply, ReplyError):
             raise reply
         return [(name.decode(), entries) for name, entries in reply or ()]
 
     async def unblock(self) -> None:
         """End a blocked read at once; it takes nothing. CLIENT UNBLOCK on the other connection."""
-        if self._connection.client_id is not None:
+        if self._connection.client_id:
             await self._store.commands.submit(
                 pack(("CLIENT", "UNBLOCK", self._connection.client_id)), 1
             )

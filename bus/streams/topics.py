@@ -59,9 +59,9 @@ class TopicTable:
         return [keys.stream(name, p) for p in range(partitions)]
 
     async def recorded_partitions(self, name: str) -> int:
-        """Return the partition count of a topic without recording anything. HGETALL."""
-        standing = (await self._store.topic_records()).get(name)
-        if standing is not None:
+        """Return the partition count of a topic without recording anything. HGET."""
+        standing = await self._store.topic_record(name)
+        if standing:
             return _parsed(name, standing).partitions
         declared = self._declared.get(name)
         return declared.partitions if declared else 1
@@ -69,21 +69,30 @@ class TopicTable:
     async def partitions(self, name: str) -> tuple[int, bool]:
         """Return the partition count of a topic and whether it may still change.
 
-        HGETALL of bus:topics at first use; one script to record. Errors: TopicMismatch.
+        HGET of bus:topics at first use; one script to record. Errors: TopicMismatch.
         """
-        now = asyncio.get_running_loop().time()
-        known = self._known.get(name)
-        if known is not None and (not known[0].implicit or now < known[1]):
-            return known[0].partitions, known[0].implicit
-        async with self._lock:
-            record = await self._agree(name)
-            self._known[name] = (record, asyncio.get_running_loop().time() + IMPLICIT_TTL_S)
+        record = self._fresh(name)
+        if record is None:
+            async with self._lock:
+                record = self._fresh(name)  # somebody may have asked while we waited
+                if record is None:
+                    record = await self._agree(name)
+                    until = asyncio.get_running_loop().time() + IMPLICIT_TTL_S
+                    self._known[name] = (record, until)
         return record.partitions, record.implicit
+
+    def _fresh(self, name: str) -> Record | None:
+        known = self._known.get(name)
+        if known is None:
+            return None
+        record, until = known
+        ok = not record.implicit or asyncio.get_running_loop().time() < until
+        return record if ok else None
 
     async def _agree(self, name: str) -> Record:
         declared = self._declared.get(name)
         wanted = Record(declared.partitions if declared else 1, implicit=declared is None)
-        standing = (await self._store.topic_records()).get(name, b"")
+        standing = await self._store.topic_record(name)
         while True:
             recorded = _parsed(name, standing) if standing else None
             if recorded is not None:
@@ -115,7 +124,7 @@ class TopicTable:
 def _parsed(name: str, value: bytes) -> Record:
     try:
         return msgspec.json.decode(value, type=Record)
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise DeclarationError(
             f"{keys.TOPICS} holds something else than a topic's record for {name}: {error}"
         ) from None

@@ -17,7 +17,7 @@ from bus.delivery import ACK, HAND_BACK, DeadLetter, DeadLettered, Delivery, Pub
 from bus.errors import BusError
 from bus.handler import Handler
 from bus.streams.codec import envelope_of
-from bus.streams.connection import ReplyError
+from bus.streams.replies import ReplyError
 from bus.streams.stream import RawEntry, StreamStore, Taken
 from bus.telemetry import Telemetry
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation

@@ -12,7 +12,8 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from bus.config import BLOCK_MS, READ_BYTES, READ_COUNT
 from bus.errors import BusError, ServerUnreachable
-from bus.streams.connection import TRANSIENT, ConnectionLost, ReplyError
+from bus.streams.connection import ConnectionLost
+from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import RawEntry, StreamStore, Taken
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand

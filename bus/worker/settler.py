@@ -10,7 +10,8 @@ from typing import Any
 from bus.config import READ_COUNT
 from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
-from bus.streams.connection import Arg, ReplyError
+from bus.streams.connection import Arg
+from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand, chunks, names_of, tell_lost

@@ -20,7 +20,7 @@ from bus.config import GRACE_S, JANITOR_S, LEASE_S, checked_name, checked_number
 from bus.delivery import Publishes
 from bus.errors import BusError, DeclarationError
 from bus.handler import Handler, Registry
-from bus.streams.connection import ReplyError
+from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 from bus.telemetry import Telemetry

@@ -1,0 +1,80 @@
+"""What the server answers, and what its errors mean: one code per error, whatever the version."""
+
+import re
+from typing import Any
+
+from redis import exceptions as redis_errors
+
+from bus.errors import BusError, PermissionDenied, WrongKeyType
+
+Reply = Any  # bytes, int, None, ReplyError or a list of them
+
+# redis-py strips the code from the text of these; our table of errors goes by code.
+_CODES: dict[type[Exception], str] = {
+    redis_errors.NoScriptError: "NOSCRIPT",
+    redis_errors.OutOfMemoryError: "OOM",
+    redis_errors.ReadOnlyError: "READONLY",
+    redis_errors.NoPermissionError: "NOPERM",
+    redis_errors.BusyLoadingError: "LOADING",
+    redis_errors.AuthenticationWrongNumberOfArgsError: "NOAUTH",
+    redis_errors.AuthenticationError: "NOAUTH",
+    redis_errors.MasterDownError: "MASTERDOWN",
+    redis_errors.ClusterDownError: "CLUSTERDOWN",
+    redis_errors.TryAgainError: "TRYAGAIN",
+    redis_errors.ExecAbortError: "EXECABORT",
+}
+# Not executed, and will be once the server has recovered.
+TRANSIENT = frozenset(
+    [
+        "LOADING",
+        "BUSY",
+        "READONLY",
+        "MASTERDOWN",
+        "CLUSTERDOWN",
+        "TRYAGAIN",
+        "NOREPLICAS",
+        "OOM",
+        "MISCONF",
+        "UNBLOCKED",
+    ]
+)
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{2,})\b")  # how 6.2 quotes the inner error
+_FIRST_WORD = re.compile(r"([A-Z][A-Z0-9]+)\b")
+
+
+class ReplyError(BusError):
+    """The server answered with an error. `code` is its first word, e.g. NOGROUP, OOM, ERR.
+
+    6.2 wraps what happens in a script ("Error running script ... -OOM ..."): the code is the
+    inner one. The text may quote arguments, so it is never logged; `str()` gives the code and,
+    for codes that never do, the text.
+    """
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(f"{code} {text}" if code in _SAFE_TEXT else code)
+        self.code = code
+        self.text = text
+
+    @classmethod
+    def of(cls, error: Exception) -> "ReplyError":
+        """Classify an exception of redis-py by the server's error code."""
+        text = str(error)
+        for kind, code in _CODES.items():
+            if isinstance(error, kind):
+                return cls(code, text)
+        if "script" in text and ("ACL failure" in text or "executing the script can't" in text):
+            return cls("NOPERM", text)
+        inner = _IN_SCRIPT.search(text) if "script" in text else None
+        first = _FIRST_WORD.match(text)
+        return cls((inner or first)[1] if inner or first else "ERR", text)  # type: ignore[index]
+
+    def explained(self, key: str) -> BusError:
+        """Return the error a caller should see for an operation on `key`."""
+        if self.code == "WRONGTYPE":
+            return WrongKeyType(f"the key {key} holds another Redis type than it should")
+        if self.code == "NOPERM":
+            return PermissionDenied(f"the user may not write to {key}")
+        return self
+
+
+_SAFE_TEXT = TRANSIENT | {"STALE", "WRONGTYPE", "NOGROUP", "BUSYGROUP"}
