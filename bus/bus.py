@@ -114,8 +114,12 @@ class Bus:
     # --- life
 
     async def ready(self) -> None:
-        """Connect and check the server: version, rights, eviction. Errors: ServerError family."""
+        """Connect; check the server (version, rights, eviction) and the declared topics.
+
+        Errors: the ServerError family, TopicMismatch.
+        """
         await check_server(self.store.commands, self._server, allow_eviction=self._allow_eviction)
+        await self.topics.check()
 
     async def close(self) -> None:
         """Wait for what is being published, then close all connections."""

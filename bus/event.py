@@ -102,9 +102,9 @@ class EventMeta(StructMeta):
                 )
         cls: Any = super().__new__(mcs, name, bases, namespace, **struct_options)
         travel: dict[str, Any] = {
-            "key": key or _inherited(bases, "key"),
-            "topic": topic or _inherited(bases, "topic"),
-            "encoding": encoding or _inherited(bases, "encoding") or "json",
+            "key": _inherited(bases, "key") if key is None else key,
+            "topic": _inherited(bases, "topic") if topic is None else topic,
+            "encoding": encoding if encoding is not None else _inherited(bases, "encoding"),
         }
         cls.__event_travel__ = travel
         cls.__event_info__ = None
@@ -152,7 +152,7 @@ def _declare(
     version: int,
     key: str | None,
     topic: str | None,
-    encoding: Encoding,
+    encoding: Encoding | None,
 ) -> EventInfo:
     name = cls.__qualname__
     if not isinstance(type, str) or not _TYPE.fullmatch(type) or len(type) > 100:  # noqa: PLR2004
@@ -162,9 +162,12 @@ def _declare(
     checked_number(version, f"{name}: version", 1, 1_000_000, whole=True)
     if key is not None and key not in cls.__struct_fields__:
         raise DeclarationError(f"{name}: key {key!r} is no field of the event")
+    encoding = "json" if encoding is None else encoding
     if encoding not in ("json", "msgpack"):
         raise DeclarationError(f"{name}: encoding is 'json' or 'msgpack', not {encoding!r}")
-    topic = checked_name(topic or type.partition(".")[0], f"{name}: topic")
+    if topic is None:
+        topic = type.partition(".")[0]
+    checked_name(topic, f"{name}: topic")
     info = EventInfo(cls, type, version, key, topic, encoding)
     other = _known.get((type, version))
     # The same class again is a module that was reloaded, not a conflict.

@@ -122,6 +122,8 @@ def event_handler(
         checked_number(timeout_s, f"handler {group}: timeout_s", 0.001, 86_400 * 7)
     if start not in ("beginning", "now"):
         raise DeclarationError(f"handler {group}: start is 'beginning' or 'now', not {start!r}")
+    if backoff is not None and not isinstance(backoff, Backoff):
+        raise DeclarationError(f"handler {group}: backoff is a Backoff(...), not {backoff!r}")
     if on_dead is not None and not inspect.iscoroutinefunction(on_dead):
         raise DeclarationError(f"handler {group}: on_dead must be an async function")
     if isinstance(topics, str):
@@ -207,15 +209,15 @@ class Registry:
 
     def __init__(
         self,
-        handlers: Iterable[Handler[...]] = (),
+        handlers: Iterable[Handler[...] | type] = (),
         topics: Iterable[Topic] = (),
         lifespan: Callable[..., Any] | None = None,
     ) -> None:
-        self.handlers: tuple[Handler[...], ...] = tuple(handlers)
+        # Type checkers take a decorated class for a class still, hence `type` in the signature.
         self.topics: tuple[Topic, ...] = tuple(topics)
         self.lifespan = lifespan
         by_group: dict[str, Handler[...]] = {}
-        for handler in self.handlers:
+        for handler in handlers:
             if not isinstance(handler, Handler):
                 raise DeclarationError(
                     f"{handler!r} is no handler: decorate it with @event_handler(...)"
@@ -226,7 +228,8 @@ class Registry:
                     f"two handlers have the group {handler.group!r}: {other.name} and"
                     f" {handler.name}; each handler needs a group of its own"
                 )
-        self.handlers = tuple(by_group.values())  # one that was named twice runs once
+        # By group: a handler that was named twice runs once.
+        self.handlers: tuple[Handler[...], ...] = tuple(by_group.values())
 
     @classmethod
     def collect(cls, package: str) -> "Registry":

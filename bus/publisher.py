@@ -276,7 +276,7 @@ def _derived_id(cause: Delivery[Any], type: str, key: str | None) -> str:
     parts = (_ids_of(cause)[0], cause.group, type, key or "", str(ordinal))
     # Lengths in front: ("ab", "c") and ("a", "bc") must not meet.
     text = "".join(f"{len(p)}:{p}" for p in parts)
-    return blake2b(text.encode(), digest_size=16).hexdigest()
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class _EventIds:

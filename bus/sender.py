@@ -192,15 +192,11 @@ class Sender:
         )
 
     def _fail(self, batch: list[Unit], error: Exception) -> None:
-        told = error
-        if is_transient(error) or self._maybe_sent:
-            told = self._too_late(self._maybe_sent, error)
-        elif isinstance(error, ReplyError):
-            told = error.explained(self._stream)
         for unit in batch:
             if not unit.future.done():
-                unit.future.set_exception(told)
+                unit.future.set_exception(self._told(error))
                 unit.future.exception()  # a caller that gave up never looks
+        told = self._told(error)
         self._telemetry.emit(
             "publish.failed",
             stream=self._stream,
@@ -208,6 +204,12 @@ class Sender:
             error_type=type(told).__name__,
             error=str(told),
         )
+
+    def _told(self, error: Exception) -> Exception:
+        """Return what one caller is told; each its own, since callers may add notes to it."""
+        if is_transient(error) or self._maybe_sent:
+            return self._too_late(self._maybe_sent, error)
+        return error.explained(self._stream) if isinstance(error, ReplyError) else error
 
 
 def is_transient(error: BaseException) -> bool:

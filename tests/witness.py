@@ -18,7 +18,9 @@ PATIENCE_S = 20.0
 LOOK_EVERY_S = 0.01
 
 
-async def eventually(holds: Callable[[], Any], what: str = "", timeout_s: float = PATIENCE_S) -> Any:
+async def eventually(
+    holds: Callable[[], Any], what: str = "", timeout_s: float = PATIENCE_S
+) -> Any:
     """Look again and again until `holds()` is true (it may be a coroutine function); return it."""
     deadline_s = time.monotonic() + timeout_s
     while True:

@@ -113,7 +113,12 @@ class Connection:
         watchdog: asyncio.TimerHandle | None = None
         try:
             raw = self._raw
+            if raw is not None and raw.is_connected and await raw.can_read():
+                # The server has closed it meanwhile (or sent what nobody asked for): a command
+                # written to it now would leave its caller in doubt for nothing.
+                await raw.disconnect(nowait=True)
             if raw is None or not raw.is_connected:
+                self.client_id = None
                 raw = self._raw = await self._server.open()
             watchdog = asyncio.get_running_loop().call_later(
                 max(r.timeout_s for r in batch), self._give_up, raw

@@ -128,6 +128,8 @@ async def check_server(
                 f"the user of {where} may not run {command} on keys bus:*;"
                 " docs/wire.md lists the commands that are needed"
             )
+    if isinstance(ping, ReplyError) and ping.code == "LOADING":
+        raise ServerUnreachable(f"the server at {where} is still loading its data: try again")
     if isinstance(probe, ReplyError) and probe.code not in TRANSIENT:
         if probe.code == "WRONGTYPE":
             raise WrongKeyType(f"the key {PROBE} of {where} is reserved for the bus; delete it")

@@ -58,6 +58,14 @@ class TopicTable:
         """Return the stream keys of a topic."""
         return [keys.stream(name, p) for p in range(partitions)]
 
+    async def check(self) -> None:
+        """Compare what this process declared with what is recorded; records nothing. HGET each.
+
+        Errors: TopicMismatch.
+        """
+        for name in self._declared:
+            await self._holds(name, await self._store.topic_record(name))
+
     async def recorded_partitions(self, name: str) -> int:
         """Return the partition count of a topic without recording anything. HGET."""
         standing = await self._store.topic_record(name)
@@ -89,35 +97,47 @@ class TopicTable:
         ok = not record.implicit or asyncio.get_running_loop().time() < until
         return record if ok else None
 
+    async def _holds(self, name: str, standing: bytes) -> Record | None:
+        """Return the record that holds for us, None if ours is to be recorded.
+
+        Errors: TopicMismatch when a declaration of ours contradicts it.
+        """
+        declared = self._declared.get(name)
+        if not standing:
+            return None
+        recorded = _parsed(name, standing)
+        if declared is None:
+            return recorded
+        if recorded.partitions == declared.partitions:
+            return None if recorded.implicit else recorded
+        streams = self.streams(name, recorded.partitions)
+        if recorded.implicit and not await self._store.any_entries(streams):
+            return None
+        raise TopicMismatch(
+            f"topic {name} is declared with {declared.partitions} partitions here and"
+            f" recorded with {recorded.partitions}"
+            f"{' (by its first use)' if recorded.implicit else ''}:"
+            " declare the recorded number, or empty the topic first"
+        )
+
     async def _agree(self, name: str) -> Record:
         declared = self._declared.get(name)
-        wanted = Record(declared.partitions if declared else 1, implicit=declared is None)
+        ours = Record(declared.partitions if declared else 1, implicit=declared is None)
         standing = await self._store.topic_record(name)
         while True:
-            recorded = _parsed(name, standing) if standing else None
-            if recorded is not None:
-                if declared is None or recorded.partitions == wanted.partitions:
-                    if not (recorded.implicit and declared is not None):
-                        return recorded
-                elif not recorded.implicit or await self._store.any_entries(
-                    self.streams(name, recorded.partitions)
-                ):
-                    raise TopicMismatch(
-                        f"topic {name} is declared with {wanted.partitions} partitions here and"
-                        f" recorded with {recorded.partitions}"
-                        f"{' (by its first use)' if recorded.implicit else ''}:"
-                        " declare the recorded number, or empty the topic first"
-                    )
-            new = msgspec.json.encode(wanted)
+            holds = await self._holds(name, standing)
+            if holds is not None:
+                return holds
+            new = msgspec.json.encode(ours)
             stands = await self._store.record_topic(name, standing, new)
             if stands == new:
                 self._telemetry.emit(
                     "topic.recorded",
                     topic=name,
-                    partitions=wanted.partitions,
-                    implicit=wanted.implicit,
+                    partitions=ours.partitions,
+                    implicit=ours.implicit,
                 )
-                return wanted
+                return ours
             standing = stands  # somebody was first: agree with what stands now
 
 

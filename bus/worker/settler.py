@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from bus.config import READ_COUNT
 from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
@@ -17,6 +19,7 @@ from bus.telemetry import Telemetry
 from bus.worker.hand import Hand, chunks, names_of, tell_lost
 
 BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
+_MOST_VALUES = 2_000  # field names and values of one entry
 _BODIES_PER_CALL = 50  # dead letters carry their bodies
 Parked = Callable[[Hand, bytes, bytes, float], None]
 
@@ -41,6 +44,7 @@ class Settler:
         self._relieved = relieved  # told when verdicts have gone, so that reading may go on
         self._wanted: asyncio.Future[None] | None = None
         self._applying = False
+        self._letters_pass = True
         self._closing = False
 
     @property
@@ -123,11 +127,13 @@ class Settler:
             if not await self._attempt(hand, ids, self._park(hand, part)):
                 hand.parks += part
                 ok = False
-        for letters in chunks(dead, _BODIES_PER_CALL):
+        for letters in chunks(dead, _BODIES_PER_CALL if self._letters_pass else 1):
             ids = [d.entry_id for d, _ in letters]
             if not await self._attempt(hand, ids, self._dead_letter(hand, letters)):
                 hand.dead += letters
                 ok = False
+        # Should the server refuse one for what it is, it must not hold up the others.
+        self._letters_pass = not hand.dead
         return ok
 
     async def _attempt(self, hand: Hand, ids: Sequence[bytes], apply: Awaitable[None]) -> bool:
@@ -223,9 +229,16 @@ def _delay_and_count(delivery: Delivery[Any], verdict: Park | HandBack) -> tuple
 
 
 def _dead_fields(delivery: Delivery[Any], verdict: DeadLetter) -> list[Arg]:
-    """Return the fields of a dead letter: those of the entry, then why it died."""
+    """Return the fields of a dead letter: those of the entry, then why it died.
+
+    An entry of more fields than a script can pass on in one call (about 8,000 values) keeps them
+    in one field, `deadfields`, as a msgpack array.
+    """
+    fields: list[bytes] = delivery.fields
+    if len(fields) > _MOST_VALUES:
+        fields = [b"deadfields", msgspec.msgpack.encode(fields)]
     return [
-        *delivery.fields,
+        *fields,
         "deadreason",
         verdict.reason,
         "deaderror",

@@ -61,7 +61,7 @@ class Worker:
     def __init__(
         self,
         bus: WorkersBus,
-        handlers: Iterable[Handler[...]] | Registry,
+        handlers: Iterable[Handler[...] | type] | Registry,
         *,
         only: Iterable[str] = (),
         concurrency: int | None = None,

@@ -1,0 +1,264 @@
+"""Looking back: every entry once, in the order of ids, over all partitions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis.asyncio import Redis
+
+from bus import (
+    Bus,
+    BusError,
+    DeclarationError,
+    Event,
+    Topic,
+    Undecodable,
+    UnknownEventType,
+    WrongKeyType,
+)
+from tests.servers import ask
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from bus import Envelope
+
+TOPIC = Topic("past", partitions=4)
+
+
+class Sown(Event, type="past.sown", key="field"):
+    field: str
+    n: int = 0
+
+
+class Reaped(Event, type="past.reaped", key="field"):
+    field: str
+    n: int = 0
+
+
+class Ground(Event, type="past.mill.ground", key="field"):
+    field: str
+    n: int = 0
+
+
+@pytest.fixture
+async def bus(url: str) -> AsyncIterator[Bus]:
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        yield bus
+
+
+async def told(envelopes: AsyncIterator[Envelope]) -> list[Envelope]:
+    return [envelope async for envelope in envelopes]
+
+
+def order(entry_id: str) -> tuple[int, ...]:
+    return tuple(map(int, entry_id.split("-")))
+
+
+async def test_everything_comes_once_and_in_the_order_of_ids(bus):
+    receipts = [await bus.publish(Sown(field=f"f{n % 7}", n=n)) for n in range(100)]
+    past = await told(bus.history("past"))
+    assert Counter((e.stream, e.entry_id) for e in past) == Counter(
+        (r.stream, r.entry_id) for r in receipts
+    )
+    assert [order(e.entry_id) for e in past] == sorted(order(e.entry_id) for e in past)
+    assert len({e.stream for e in past}) == 4
+    assert sorted(e.event.n for e in past) == list(range(100))
+    assert [e.event_id for e in past if e.key == "f3"] == [
+        r.event_id for n, r in enumerate(receipts) if n % 7 == 3
+    ]
+
+
+async def test_an_envelope_holds_the_event_and_its_place(bus):
+    receipt = await bus.publish(Sown(field="f", n=3), source="/farm")
+    (envelope,) = await told(bus.history("past"))
+    assert envelope.event == Sown(field="f", n=3)
+    assert (envelope.event_id, envelope.entry_id) == (receipt.event_id, receipt.entry_id)
+    assert (envelope.type, envelope.version, envelope.key) == ("past.sown", 1, "f")
+    assert envelope.source == "/farm"
+    assert envelope.time.timestamp() * 1000 == pytest.approx(order(receipt.entry_id)[0])
+
+
+async def with_ids(url: str, *rows: tuple[int, str, str]) -> None:
+    """Write entries by hand: (partition, id, type)."""
+    async with Redis.from_url(url) as redis:
+        for n, (partition, entry_id, kind) in enumerate(rows):
+            fields: dict[Any, Any] = {"id": f"e{n}", "type": kind, "data": '{"field":"f"}'}
+            await redis.xadd(f"bus:{{past:{partition}}}", fields, id=entry_id)
+
+
+async def test_ids_are_compared_as_numbers(bus, url):
+    await with_ids(
+        url,
+        *((0, "9-0", "past.sown"), (0, "10-2", "past.sown"), (1, "10-1", "past.sown")),
+        *((1, "10-10", "past.sown"), (2, "100-0", "past.sown"), (3, "10-2", "past.sown")),
+    )
+    await bus.publish(Sown(field="f"))
+    ids = [e.entry_id for e in await told(bus.history("past"))][:6]
+    assert ids == ["9-0", "10-1", "10-2", "10-2", "10-10", "100-0"]
+
+
+@pytest.fixture
+async def dated(bus, url) -> Bus:
+    """Six entries over the partitions, with ids 1000-0, 2000-0, 2000-1, 3000-0, 4000-0, 5000-0."""
+    await with_ids(
+        url,
+        *((0, "1000-0", "past.sown"), (1, "2000-0", "past.reaped"), (2, "2000-1", "past.sown")),
+        *((0, "3000-0", "past.mill.ground"), (3, "4000-0", "past.sown")),
+        (1, "5000-0", "past.reaped"),
+    )
+    return bus
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "ids"),
+    [
+        (None, None, ["1000-0", "2000-0", "2000-1", "3000-0", "4000-0", "5000-0"]),
+        ("start", "end", ["1000-0", "2000-0", "2000-1", "3000-0", "4000-0", "5000-0"]),
+        (2000, 4000, ["2000-0", "2000-1", "3000-0", "4000-0"]),
+        ("2000-1", "3000-0", ["2000-1", "3000-0"]),
+        (2001, None, ["3000-0", "4000-0", "5000-0"]),
+        (None, "1970-01-01T00:00:02Z", ["1000-0", "2000-0", "2000-1"]),
+        ("1970-01-01T00:00:05", None, ["5000-0"]),
+        ("@-1h", None, []),
+        (None, "@-1h", ["1000-0", "2000-0", "2000-1", "3000-0", "4000-0", "5000-0"]),
+        (4000, 2000, []),
+        (6000, None, []),
+    ],
+)
+async def test_since_and_until_are_both_included(dated, since, until, ids):
+    assert [e.entry_id for e in await told(dated.history("past", since, until))] == ids
+
+
+async def test_an_entry_can_be_fetched_by_its_time(bus):
+    receipt = await bus.publish(Sown(field="f"))
+    (envelope,) = await told(bus.history("past"))
+    at = envelope.time
+    assert len(await told(bus.history("past", since=at, until=at))) == 1
+    ms = timedelta(milliseconds=1)
+    assert await told(bus.history("past", since=at + ms)) == []
+    assert await told(bus.history("past", until=at - ms)) == []
+    assert receipt.entry_id == envelope.entry_id
+
+
+@pytest.mark.parametrize(
+    ("types", "ids"),
+    [
+        ([Sown], ["1000-0", "2000-1", "4000-0"]),
+        (["past.reaped"], ["2000-0", "5000-0"]),
+        ([Reaped, "past.mill.*"], ["2000-0", "3000-0", "5000-0"]),
+        (["*.reaped"], ["2000-0", "5000-0"]),
+        (["past.*"], ["1000-0", "2000-0", "2000-1", "3000-0", "4000-0", "5000-0"]),
+        (["no.such"], []),
+        ([], []),
+    ],
+)
+async def test_types_are_classes_names_or_patterns(dated, types, ids):
+    assert [e.entry_id for e in await told(dated.history("past", types=types))] == ids
+
+
+async def test_pages_join_without_a_seam(bus):
+    """A page holds 500 entries; entries of one millisecond may lie on both sides of its end."""
+    numbers = list(range(2600))
+    await bus.publish_many(Sown(field=f"f{n}", n=n) for n in numbers)
+    past = await told(bus.history("past"))
+    assert sorted(e.event.n for e in past) == numbers
+    assert [order(e.entry_id) for e in past] == sorted(order(e.entry_id) for e in past)
+    one = await bus.publish_many(Reaped(field="same", n=n) for n in range(1000))
+    again = await told(bus.history("past", types=[Reaped]))
+    assert [e.entry_id for e in again] == [r.entry_id for r in one]
+    assert [e.event.n for e in again] == list(range(1000))
+
+
+async def test_what_is_published_meanwhile_comes_too_and_harms_nothing(bus):
+    await bus.publish_many(Sown(field="f", n=n) for n in range(600))
+    seen = []
+    async for envelope in bus.history("past", types=[Sown]):
+        if not seen:
+            await bus.publish(Sown(field="f", n=600))
+        seen.append(envelope.event.n)
+    assert seen == list(range(601))
+
+
+async def test_leaving_early_is_no_harm(bus):
+    await bus.publish_many(Sown(field=f"f{n}", n=n) for n in range(2000))
+    past = bus.history("past")
+    async for _ in past:
+        break
+    await past.aclose()
+    assert len(await told(bus.history("past"))) == 2000
+
+
+async def test_entries_that_cannot_be_decoded_are_among_them(bus, server):
+    await bus.publish(Sown(field="f", n=1))
+    stream = "bus:{past:0}"
+    ask(server, "XADD", stream, "*", "hello", "world")
+    ask(server, "XADD", stream, "*", "id", "i2", "type", "past.sown", "data", "not JSON")
+    ask(server, "XADD", stream, "*", "id", "i3", "type", "past.unheard", "data", "{}")
+    ask(server, "XADD", stream, "*", "id", b"\xff", "type", b"past.\xfe", "data", b"\x00")
+    ask(server, "XADD", stream, "*", "id", "i5", "type", "past.sown", "data", "{}", "v", "x")
+    await bus.publish(Sown(field="f", n=2))
+    past = await told(bus.history("past"))
+    errors = []
+    for envelope in past:
+        try:
+            assert isinstance(envelope.event, Sown)
+        except Undecodable as error:
+            errors.append(type(error))
+    assert errors == [Undecodable, Undecodable, UnknownEventType, Undecodable, Undecodable]
+    assert len(past) == 7
+    assert len(await told(bus.history("past", types=[Sown]))) == 4
+
+
+@pytest.mark.parametrize(
+    "bad", [{"since": "yesterday"}, {"until": -1}, {"types": ["a b"]}], ids=str
+)
+async def test_bad_positions_and_types_are_refused_before_anything_is_read(bus, bad):
+    with pytest.raises(DeclarationError, match=r"is no position|type pattern 'a b' is not valid"):
+        await told(bus.history("past", **bad))
+
+
+@pytest.mark.parametrize("topic", ["", "a b", "bus:{past:0}", None, TOPIC], ids=str)
+async def test_bad_topic_names_are_refused(bus, topic):
+    with pytest.raises(DeclarationError, match=r"topic name .* is not valid"):
+        await told(bus.history(topic))
+
+
+async def test_a_topic_that_never_was_has_no_past(bus, server):
+    assert await told(bus.history("never")) == []
+    assert ask(server, "EXISTS", "bus:topics", "bus:{never:0}") == b":0\r\n"
+
+
+async def test_a_process_that_declared_nothing_sees_all_partitions(bus, url):
+    await bus.publish_many(Sown(field=f"f{n}", n=n) for n in range(50))
+    async with Bus.connect(url) as other:
+        assert len(await told(other.history("past"))) == 50
+
+
+async def test_a_key_of_another_type_is_told(bus, server):
+    ask(server, "SET", "bus:{past:1}", "precious")
+    with pytest.raises(WrongKeyType, match=r"bus:\{past:1\}"):
+        await told(bus.history("past"))
+
+
+async def test_looking_back_disturbs_no_group(bus, server):
+    await bus.publish(Sown(field="f"))
+    ask(server, "XGROUP", "CREATE", "bus:{past:0}", "g", "0", "MKSTREAM")
+    before = ask(server, "XINFO", "GROUPS", "bus:{past:0}")
+    await told(bus.history("past"))
+    assert ask(server, "XINFO", "GROUPS", "bus:{past:0}") == before
+
+
+async def test_a_server_that_goes_away_is_an_error_of_the_bus(private_server):
+    server = private_server()
+    async with Bus.connect(server.url) as bus:
+        await bus.publish_many(Sown(field="f", n=n) for n in range(600))
+        past = bus.history("past")
+        await anext(past)
+        await asyncio.to_thread(server.kill)
+        with pytest.raises(BusError):
+            await told(past)

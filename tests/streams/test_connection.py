@@ -1,0 +1,142 @@
+"""One connection: pipelined, given up when it hangs, intact when callers leave."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus import (
+    BusError,
+    ServerUnreachable,
+)
+from bus.streams.address import parse_url
+from bus.streams.connection import Connection, ConnectionLost, pack
+from bus.streams.server import Standalone
+from bus.telemetry import Telemetry
+from tests.proxy import Proxy
+from tests.servers import ask
+from tests.streams.wire import CANARY, connected
+
+if TYPE_CHECKING:
+    from bus.embedded import EmbeddedServer
+
+
+async def test_commands_of_one_turn_share_a_write(valkey_url):
+    async with Proxy(parse_url(valkey_url).port) as proxy, connected(proxy.url) as connection:
+        await connection.call("PING")
+        del proxy.requests[:]
+        futures = [connection.submit(pack(("ECHO", str(n)))) for n in range(100)]
+        assert await asyncio.gather(*futures) == [[str(n).encode()] for n in range(100)]
+        assert bytes(proxy.requests) == b"".join(pack(("ECHO", str(n))) for n in range(100))
+
+
+async def test_a_hung_server_is_given_up_after_the_timeout(private_server):
+    server = private_server()
+    lost: list[dict[str, Any]] = []
+    telemetry = Telemetry()
+    telemetry.attach("connection.lost", lambda _, fields: lost.append(fields))
+    async with connected(server.url, telemetry) as connection:
+        await connection.call("PING")
+        server.pause()
+        with pytest.raises(ConnectionLost) as raised:
+            await connection.call("SET", "key", CANARY, timeout_s=0.1)
+        assert raised.value.sent
+        server.resume()
+        assert await connection.call("PING") == b"PONG"
+    assert [f["role"] for f in lost] == ["test"]
+    assert CANARY not in str(lost) + str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["0", "1"], ids=["plain", "with a handshake"])
+async def test_a_server_that_hangs_while_one_connects_is_given_up_too(
+    private_server, monkeypatch, path
+):
+    """The kernel accepts for a stopped server; SELECT and AUTH then wait for their reply."""
+    monkeypatch.setattr("bus.streams.server.CONNECT_TIMEOUT_S", 0.2)
+    server = private_server()
+    server.pause()
+    async with connected(server.url.replace("/0", "/" + path)) as connection, asyncio.timeout(5):
+        with pytest.raises((ConnectionLost, ServerUnreachable)):
+            await connection.call("PING", timeout_s=0.2)
+
+
+async def test_what_was_lost_with_the_server_says_whether_it_was_sent(private_server):
+    server = private_server()
+    async with connected(server.url) as connection:
+        await connection.call("PING")
+        blocked = connection.submit(pack(("BLPOP", "nothing", "0")))
+        await asyncio.sleep(0)  # the request leaves in the next turn of the loop
+        await asyncio.to_thread(_until_blocked, server)
+        server.kill()
+        with pytest.raises(ConnectionLost) as raised:
+            await blocked
+        assert raised.value.sent
+        with pytest.raises(ServerUnreachable):
+            await connection.call("PING")
+        server.restart()
+        assert await connection.call("ECHO", "again") == b"again"
+
+
+def _until_blocked(server: EmbeddedServer) -> None:
+    while b"blocked_clients:1" not in ask(server, "INFO", "clients"):
+        pass
+
+
+async def test_a_lost_reply_is_not_asked_for_again(valkey_url):
+    async with Proxy(parse_url(valkey_url).port) as proxy, connected(proxy.url) as connection:
+        await connection.call("DEL", "count")
+        proxy.lose_replies = 1
+        with pytest.raises(ConnectionLost):
+            await connection.call("INCR", "count")
+        assert await connection.call("GET", "count") == b"1"
+
+
+async def test_cancelled_callers_leave_the_connection_as_it_was(valkey_url):
+    """Each reply goes to the one who asked, however many others stopped waiting."""
+    chance = random.Random(7)
+    async with connected(valkey_url) as connection:
+
+        async def one(n: int) -> bool:
+            text = f"{n}-{'x' * chance.randrange(3000)}"
+            return await connection.call("ECHO", text) == text.encode()
+
+        wrong = done = 0
+        for round_ in range(40):
+            tasks = [asyncio.create_task(one(round_ * 100 + n)) for n in range(50)]
+            for _ in range(chance.randrange(12)):
+                await asyncio.sleep(0)
+            for task in chance.sample(tasks, 25):
+                task.cancel()
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                done += result is True
+                wrong += result is False
+        assert wrong == 0
+        assert done >= 1000
+        assert await connection.call("ECHO", "end") == b"end"
+
+
+async def test_closing_answers_everybody_who_waits(valkey_url):
+    """What is in flight, what is queued behind it, and what was queued in this very turn."""
+    connection = Connection(Standalone(parse_url(valkey_url)), "test", Telemetry())
+    await connection.call("PING")
+    waiting = [connection.submit(pack(("BLPOP", "nothing", "0")))]
+    await asyncio.sleep(0)
+    waiting.append(connection.submit(pack(("PING",))))
+    await connection.close()
+    waiting.append(connection.submit(pack(("PING",))))
+    async with asyncio.timeout(5):
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(r) for r in results[:2]] == [ConnectionLost] * 2
+    assert isinstance(results[2], BusError)
+
+
+async def test_closing_in_the_turn_of_the_first_request_answers_it(valkey_url):
+    connection = Connection(Standalone(parse_url(valkey_url)), "test", Telemetry())
+    waiting = connection.submit(pack(("PING",)))
+    await connection.close()
+    async with asyncio.timeout(5):
+        with pytest.raises(ConnectionLost):
+            await waiting

@@ -1,0 +1,474 @@
+"""The scripts, called directly on each kind of server: what they do, and what they leave alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from bus.streams import stream as verbs
+from bus.streams.script import Script
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+FOLDER = resources.files("bus.streams") / "scripts"
+NAMES = sorted(f.name.removesuffix(".lua") for f in FOLDER.iterdir())
+VERBS = [n for n in NAMES if not n.startswith("_")]
+STREAM, GROUP = "bus:{lab:0}", "g"
+MINUTE, HOUR, DAY = 60_000, 3_600_000, 86_400_000
+
+
+@dataclass
+class Lab:
+    """One stream with one group, and eyes to look at it."""
+
+    redis: Any
+    keeps_ghosts: bool  # whether XCLAIM leaves a pending id whose entry is gone (6.2)
+
+    async def run(self, name: str, *args: Any, keys: tuple[str, ...] = (STREAM,)) -> Any:
+        return await self.redis.eval(Script(name)._text, len(keys), *keys, *args)
+
+    async def add(self, count: int) -> list[bytes]:
+        return [await self.redis.xadd(STREAM, {"n": str(n)}) for n in range(count)]
+
+    async def read(self, consumer: str, count: int) -> list[bytes]:
+        await self.add(count)
+        reply = await self.redis.xreadgroup(GROUP, consumer, {STREAM: ">"}, count=count)
+        return [entry_id for entry_id, _ in reply[0][1]]
+
+    async def pending(self) -> dict[bytes, tuple[bytes, int]]:
+        """Return id -> (owner, delivery count)."""
+        rows = await self.redis.xpending_range(STREAM, GROUP, "-", "+", 10_000)
+        return {r["message_id"]: (r["consumer"], r["times_delivered"]) for r in rows}
+
+    async def consumers(self) -> set[bytes]:
+        return {c["name"] for c in await self.redis.xinfo_consumers(STREAM, GROUP)}
+
+    async def park(self, owner: str, ids: list[bytes], lane: str) -> None:
+        """Put entries into a lane of any time, as only the clock could."""
+        await self.redis.xclaim(STREAM, GROUP, lane, 0, ids, justid=True)
+
+    async def now_ms(self) -> int:
+        seconds, micros = await self.redis.time()
+        return seconds * 1000 + micros // 1000
+
+
+@pytest.fixture
+async def lab(url: str, server_kind: str) -> AsyncIterator[Lab]:
+    async with Redis.from_url(url, protocol=2) as redis:
+        await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+        yield Lab(redis, keeps_ghosts=server_kind == "redis-6.2")
+
+
+# --- the files
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_the_head_of_each_script_says_what_it_takes_and_gives(name):
+    text = (FOLDER / f"{name}.lua").read_text()
+    head = text[: re.search(r"^[^-\n]", text, re.MULTILINE).start()]  # type: ignore[union-attr]
+    assert head.startswith(f"-- {name}: ")
+    for part in ("-- KEYS  1 ", "-- ARGV  1 ", "-- Returns ", "-- Atomic  because "):
+        assert part in head
+    described = {int(n) for n in re.findall(r"KEYS.*?\n", head)[0].split() if n.isdigit()}
+    assert {int(n) for n in re.findall(r"KEYS\[(\d+)\]", text)} <= described
+
+
+def test_every_script_is_a_verb_of_the_store():
+    loaded = {s.name for s in vars(verbs).values() if isinstance(s, Script)}
+    assert loaded == set(VERBS)
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_scripts_touch_only_the_keys_they_were_given(name):
+    """A key made inside a script breaks on a Cluster."""
+    text = (FOLDER / f"{name}.lua").read_text()
+    first = re.findall(r"redis\.call\('[A-Z]+', *(?:'[A-Z]+', *)?([^,)]+)", text)
+    assert all(re.fullmatch(r"KEYS\[\d\]", key) for key in first)
+
+
+# --- ack
+
+
+async def test_ack_finishes_what_is_mine_and_refuses_the_rest(lab):
+    mine, others = await lab.read("me", 3), await lab.read("you", 2)
+    refused = await lab.run("ack", GROUP, "me", *mine[:2], *others, "9-9", mine[0])
+    assert refused == [*others, b"9-9"]
+    assert set(await lab.pending()) == {mine[2], *others}
+    assert await lab.run("ack", GROUP, "me", mine[0]) == [mine[0]]  # done is no longer mine
+    assert await lab.redis.xlen(STREAM) == 5
+
+
+async def test_ack_finds_its_entries_among_many(lab):
+    ids = await lab.read("me", 700)
+    assert await lab.run("ack", GROUP, "me", ids[699], ids[350], ids[0]) == []
+    assert len(await lab.pending()) == 697
+
+
+# --- park
+
+
+@pytest.mark.parametrize(
+    ("delay_ms", "grain_ms"),
+    [
+        *((1, 1000), (999, 1000), (MINUTE, 1000), (MINUTE + 1, 10_000), (10 * MINUTE, 10_000)),
+        *((10 * MINUTE + 1, MINUTE), (HOUR, MINUTE), (HOUR + 1, 10 * MINUTE)),
+        *((DAY, 10 * MINUTE), (DAY + 1, HOUR), (365 * DAY, HOUR)),
+    ],
+)
+async def test_a_lane_is_named_by_the_time_at_which_all_of_it_is_due(lab, delay_ms, grain_ms):
+    (entry_id,) = await lab.read("me", 1)
+    before = await lab.now_ms()
+    (lane,) = await lab.run("park", GROUP, "me", entry_id, delay_ms, 1)
+    after = await lab.now_ms()
+    assert lane.startswith(b"parked:")
+    due = int(lane[7:])
+    assert due % grain_ms == 0
+    assert before + delay_ms <= due < after + delay_ms + grain_ms
+    assert await lab.pending() == {entry_id: (lane, 1)}
+
+
+async def test_no_delay_is_the_lane_that_is_always_due(lab):
+    ids = await lab.read("me", 2)
+    assert await lab.run("park", GROUP, "me", ids[0], 0, 1, ids[1], -5, 1) == [b"parked:0"] * 2
+
+
+async def test_parking_stores_the_count_it_is_told(lab):
+    ids = await lab.read("me", 3)
+    args = [x for n, i in enumerate(ids) for x in (i, 0, n)]
+    await lab.run("park", GROUP, "me", *args)
+    assert [count for _, count in (await lab.pending()).values()] == [0, 1, 2]
+
+
+async def test_parking_refuses_what_is_not_mine(lab):
+    mine, others = await lab.read("me", 1), await lab.read("you", 1)
+    answer = await lab.run("park", GROUP, "me", others[0], 0, 9, mine[0], 0, 1, "9-9", 0, 1)
+    assert answer == [b"", b"parked:0", b""]
+    assert (await lab.pending())[others[0]] == (b"you", 1)
+
+
+async def test_parking_what_was_trimmed(lab):
+    """6.2 does not look for the entry here; there it is found out when it is taken."""
+    ids = await lab.read("me", 1)
+    await lab.redis.xtrim(STREAM, maxlen=0, approximate=False)
+    answer = await lab.run("park", GROUP, "me", ids[0], 0, 1)
+    assert answer == [b"parked:0" if lab.keeps_ghosts else b"lost"]
+    if lab.keeps_ghosts:
+        assert await lab.run("take_due", GROUP, "me", 10, "parked:0") == [[], ids]
+    assert await lab.pending() == {}
+
+
+# --- dead_letter
+
+DEAD = STREAM + ":dead:g"
+
+
+async def test_dead_letters_are_moved_whole_with_the_time(lab):
+    ids, others = await lab.read("me", 2), await lab.read("you", 1)
+    before = await lab.now_ms()
+    answer = await lab.run(
+        *("dead_letter", GROUP, "me"),
+        *(ids[0], 4, "id", "a", "deadreason", "failed"),
+        *(others[0], 2, "id", "not mine"),
+        *(ids[1], 2, "id", "b"),
+        keys=(STREAM, DEAD),
+    )
+    assert answer == [1, 0, 1]
+    assert set(await lab.pending()) == {others[0]}
+    letters = [fields for _, fields in await lab.redis.xrange(DEAD)]
+    assert [f[b"id"] for f in letters] == [b"a", b"b"]
+    assert letters[0][b"deadreason"] == b"failed"
+    assert before <= int(letters[0][b"deadtime"]) <= await lab.now_ms()
+
+
+async def test_an_entry_that_was_trimmed_meanwhile_is_a_full_dead_letter(lab):
+    ids = await lab.read("me", 1)
+    await lab.redis.xtrim(STREAM, maxlen=0, approximate=False)
+    args = (GROUP, "me", ids[0], 2, "data", "kept in memory")
+    assert await lab.run("dead_letter", *args, keys=(STREAM, DEAD)) == [1]
+    assert await lab.run("dead_letter", *args, keys=(STREAM, DEAD)) == [0]
+    ((_, fields),) = await lab.redis.xrange(DEAD)
+    assert fields[b"data"] == b"kept in memory"
+    assert await lab.pending() == {}
+
+
+async def test_a_dead_letter_key_of_another_type_leaves_the_entry_pending(lab):
+    ids = await lab.read("me", 1)
+    await lab.redis.set(DEAD, "a string")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await lab.run("dead_letter", GROUP, "me", ids[0], 2, "a", "b", keys=(STREAM, DEAD))
+    assert set(await lab.pending()) == set(ids)
+
+
+# --- renew, start
+
+
+async def test_renewing_resets_the_idle_time_and_not_the_count(lab):
+    ids, others = await lab.read("me", 2), await lab.read("you", 1)
+    await lab.redis.xclaim(STREAM, GROUP, "me", 0, ids, idle=50_000, retrycount=3, justid=True)
+    assert await lab.run("renew", GROUP, "me", *ids, *others, "9-9") == [[*others, b"9-9"], []]
+    rows = await lab.redis.xpending_range(STREAM, GROUP, "-", "+", 10, "me")
+    assert [(r["times_delivered"], r["time_since_delivered"] < 40_000) for r in rows] == [
+        (3, True)
+    ] * 2
+    assert (await lab.pending())[others[0]] == (b"you", 1)
+
+
+async def test_renewing_what_was_trimmed(lab):
+    ids = await lab.read("me", 3)
+    await lab.redis.xdel(STREAM, ids[1])
+    refused, lost = await lab.run("renew", GROUP, "me", *ids)
+    assert refused == []
+    assert lost == ([] if lab.keeps_ghosts else [ids[1]])
+    assert (ids[1] in await lab.pending()) == lab.keeps_ghosts
+
+
+async def test_starting_counts_what_is_mine(lab):
+    ids, others = await lab.read("me", 1), await lab.read("you", 1)
+    assert await lab.run("start", GROUP, "me", ids[0], 5) == 1
+    assert await lab.run("start", GROUP, "me", others[0], 5) == 0
+    assert await lab.run("start", GROUP, "me", "9-9", 5) == 0
+    assert await lab.pending() == {ids[0]: (b"me", 5), others[0]: (b"you", 1)}
+
+
+# --- recover
+
+
+async def test_recovering_gives_what_is_mine_and_not_in_hand(lab):
+    ids, others = await lab.read("me", 4), await lab.read("you", 1)
+    entries, lost = await lab.run("recover", GROUP, "me", 10, ids[1])
+    assert [(i, count) for i, count, _ in entries] == [(ids[n], 1) for n in (0, 2, 3)]
+    assert entries[0][2] == [b"n", b"0"]
+    assert lost == []
+    assert {count for _, count in (await lab.pending()).values()} == {1}
+    assert (await lab.pending())[others[0]] == (b"you", 1)
+
+
+async def test_recovering_goes_on_behind_what_is_held(lab):
+    ids = await lab.read("me", 1200)
+    entries, _ = await lab.run("recover", GROUP, "me", 3, *ids[:1100])
+    assert [e[0] for e in entries] == ids[1100:1103]
+
+
+async def test_what_is_gone_is_acked_and_told(lab):
+    ids = await lab.read("me", 3)
+    await lab.redis.xdel(STREAM, ids[1])
+    entries, lost = await lab.run("recover", GROUP, "me", 10)
+    assert [e[0] for e in entries] == [ids[0], ids[2]]
+    assert lost == [ids[1]]
+    assert set(await lab.pending()) == {ids[0], ids[2]}
+
+
+# --- lanes
+
+
+async def test_what_is_due_is_taken_and_counted(lab):
+    now = await lab.now_ms()
+    ids = await lab.read("me", 3)
+    past, later = f"parked:{now - 5}", f"parked:{now + HOUR}"
+    await lab.park("me", ids[:2], past)
+    await lab.park("me", ids[2:], later)
+    entries, lost = await lab.run("take_due", GROUP, "you", 10, past, later)
+    assert ([(i, n) for i, n, _ in entries], lost) == ([(ids[0], 2), (ids[1], 2)], [])
+    assert await lab.pending() == {
+        ids[0]: (b"you", 2),
+        ids[1]: (b"you", 2),
+        ids[2]: (later.encode(), 1),
+    }
+    assert await lab.consumers() == {b"me", b"you", later.encode()}  # the empty lane is gone
+
+
+async def test_no_more_is_taken_than_wanted_oldest_lane_first(lab):
+    ids = await lab.read("me", 5)
+    await lab.park("me", ids[:3], "parked:1")
+    await lab.park("me", ids[3:], "parked:2")
+    entries, _ = await lab.run("take_due", GROUP, "you", 4, "parked:1", "parked:2")
+    assert [e[0] for e in entries] == ids[:4]
+    assert b"parked:1" not in await lab.consumers()
+    assert b"parked:2" in await lab.consumers()
+    assert (await lab.run("take_due", GROUP, "you", 0, "parked:2"))[0] == []
+    assert (await lab.pending())[ids[4]] == (b"parked:2", 1)
+
+
+async def test_a_parked_entry_that_was_trimmed_is_acked_and_told(lab):
+    ids = await lab.read("me", 2)
+    await lab.park("me", ids, "parked:0")
+    await lab.redis.xdel(STREAM, ids[0])
+    entries, lost = await lab.run("take_due", GROUP, "you", 10, "parked:0")
+    assert ([e[0] for e in entries], lost) == ([ids[1]], [ids[0]])
+    assert await lab.pending() == {ids[1]: (b"you", 2)}
+
+
+async def test_an_empty_lane_is_deleted_and_one_that_never_was_is_no_error(lab):
+    await lab.redis.xgroup_createconsumer(STREAM, GROUP, "parked:5")
+    assert await lab.run("take_due", GROUP, "me", 10, "parked:5", "parked:6") == [[], []]
+    assert await lab.consumers() == set()
+
+
+async def test_single_entries_are_taken_before_their_lane_is_due(lab):
+    later = f"parked:{await lab.now_ms() + HOUR}"
+    ids = await lab.read("me", 4)
+    await lab.park("me", ids[:3], later)
+    await lab.redis.xdel(STREAM, ids[2])
+    entries, lost = await lab.run(
+        *("take_parked", GROUP, "me"),
+        *(later, ids[1], later, ids[2], later, ids[3], "parked:7", ids[0]),
+    )
+    assert ([(i, n) for i, n, _ in entries], lost) == ([(ids[1], 2)], [ids[2]])
+    assert (await lab.pending())[ids[0]] == (later.encode(), 1)
+    entries, _ = await lab.run("take_parked", GROUP, "me", later, ids[0])
+    assert entries[0][:2] == [ids[0], 2]
+    assert await lab.consumers() == {b"me"}
+
+
+# --- reclaim, forget_consumer
+
+LEASE = STREAM + ":lease:dead"
+
+
+async def test_the_entries_of_a_worker_without_lease_are_taken_uncounted(lab):
+    ids = await lab.read("dead", 3)
+    await lab.redis.set(LEASE, "g")
+    assert await lab.run("reclaim", GROUP, "me", "dead", 10, 0, keys=(STREAM, LEASE)) == [[], []]
+    await lab.redis.delete(LEASE)
+    await lab.redis.xdel(STREAM, ids[0])
+    entries, lost = await lab.run("reclaim", GROUP, "me", "dead", 2, 0, keys=(STREAM, LEASE))
+    assert ([(i, n) for i, n, _ in entries], lost) == ([(ids[1], 1)], [ids[0]])
+    assert await lab.pending() == {ids[1]: (b"me", 1), ids[2]: (b"dead", 1)}
+
+
+async def test_what_was_idle_for_long_is_taken_even_from_the_living(lab):
+    ids = await lab.read("slow", 2)
+    await lab.redis.set(LEASE, "g")
+    await lab.redis.xclaim(STREAM, GROUP, "slow", 0, [ids[0]], idle=60_000, justid=True)
+    entries, _ = await lab.run("reclaim", GROUP, "me", "slow", 10, 30_000, keys=(STREAM, LEASE))
+    assert [e[0] for e in entries] == [ids[0]]
+
+
+async def test_a_worker_is_forgotten_only_when_nothing_would_be_lost(lab):
+    ids = await lab.read("dead", 1)
+    forget = ("forget_consumer", GROUP, "dead")
+    assert await lab.run(*forget, keys=(STREAM, LEASE)) == 0
+    assert set(await lab.pending()) == set(ids)
+    await lab.redis.xack(STREAM, GROUP, *ids)
+    await lab.redis.set(LEASE, "g")
+    assert await lab.run(*forget, keys=(STREAM, LEASE)) == 0
+    assert await lab.consumers() == {b"dead"}
+    await lab.redis.delete(LEASE)
+    assert await lab.run(*forget, keys=(STREAM, LEASE)) == 1
+    assert await lab.consumers() == set()
+    assert await lab.run(*forget, keys=(STREAM, LEASE)) == 1  # gone already
+
+
+# --- append
+
+MEMORY = STREAM + ":pub:p"
+
+
+async def append(lab: Lab, sequence: int, *units: list[str], memory: str = MEMORY) -> Any:
+    """Append units of events that have one field each."""
+    args: list[Any] = [sequence, 60, len(units)]
+    for unit in units:
+        args.append(len(unit))
+        for value in unit:
+            args += (2, "n", value)
+    return await lab.run("append", *args, keys=(STREAM, memory))
+
+
+async def values(lab: Lab) -> list[bytes]:
+    return [fields[b"n"] for _, fields in await lab.redis.xrange(STREAM)]
+
+
+async def test_the_ids_of_a_batch_count_on_from_the_first(lab):
+    first, events, units, repeated = await append(
+        lab, 1, ["a", "b"], ["c"], [str(n) for n in range(400)]
+    )
+    assert (events, units, repeated) == (403, 3, 0)
+    ms, _, low = first.partition(b"-")
+    ids = [entry_id for entry_id, _ in await lab.redis.xrange(STREAM)]
+    assert ids == [b"%s-%d" % (ms, int(low) + n) for n in range(403)]
+    assert (await values(lab))[:3] == [b"a", b"b", b"c"]
+    assert 0 < await lab.redis.ttl(MEMORY) <= 60
+
+
+async def test_a_batch_that_is_sent_again_is_appended_once(lab):
+    once = await append(lab, 1, ["a"], ["b", "c"])
+    assert await append(lab, 1, ["a"], ["b", "c"]) == [*once[:3], 1]
+    assert await append(lab, 1, ["other words"]) == [*once[:3], 1]  # the number is what counts
+    assert await values(lab) == [b"a", b"b", b"c"]
+
+
+async def test_an_older_batch_is_refused_and_a_later_one_taken(lab):
+    await append(lab, 2, ["b"])
+    with pytest.raises(ResponseError, match="STALE batch 1, the last one was 2"):
+        await append(lab, 1, ["a"])
+    await append(lab, 7, ["c"])
+    assert await values(lab) == [b"b", b"c"]
+
+
+async def test_publishers_and_streams_have_their_own_sequences(lab):
+    await append(lab, 5, ["a"])
+    await append(lab, 1, ["b"], memory=STREAM + ":pub:q")
+    assert await values(lab) == [b"a", b"b"]
+
+
+async def test_a_batch_goes_in_behind_an_id_from_the_future(lab):
+    """A clock that was wrong once, or a hand that chose an id."""
+    await lab.redis.xadd(STREAM, {"n": "future"}, id="9999999999999-5")
+    first, *_ = await append(lab, 1, ["a", "b"])
+    assert first == b"9999999999999-6"
+    assert [i for i, _ in await lab.redis.xrange(STREAM)][1:] == [first, b"9999999999999-7"]
+
+
+async def test_where_no_id_is_left_to_count_on_nothing_is_added(lab):
+    await lab.redis.xadd(STREAM, {"n": "last"}, id="9999999999999-18446744073709551600")
+    with pytest.raises(ResponseError, match="leaves no room to count on"):
+        await append(lab, 1, ["a", "b"])
+    assert await values(lab) == [b"last"]
+    assert not await lab.redis.exists(MEMORY)
+
+
+async def test_a_key_of_another_type_takes_nothing_and_remembers_nothing(lab):
+    await lab.redis.delete(STREAM)
+    await lab.redis.set(STREAM, "a string")
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await append(lab, 1, ["a"])
+    assert not await lab.redis.exists(MEMORY)
+    await lab.redis.delete(STREAM)
+    assert (await append(lab, 1, ["a"]))[1:] == [1, 1, 0]
+
+
+async def test_a_full_server_takes_nothing_and_remembers_nothing(private_server, server_kind):
+    async with Redis.from_url(private_server(server_kind).url, protocol=2) as redis:
+        lab = Lab(redis, keeps_ghosts=False)
+        await redis.config_set("maxmemory", "1")
+        with pytest.raises(ResponseError, match="maxmemory"):
+            await append(lab, 1, ["a", "b"])
+        await redis.config_set("maxmemory", "0")
+        assert not await redis.exists(MEMORY)
+        assert (await append(lab, 1, ["a", "b"]))[1:] == [2, 1, 0]
+
+
+# --- record_topic
+
+
+async def test_of_two_first_users_one_records_and_both_agree(lab):
+    record = ("record_topic", "document")
+    assert await lab.run(*record, "", "mine", keys=("bus:topics",)) == b"mine"
+    assert await lab.run(*record, "", "yours", keys=("bus:topics",)) == b"mine"
+    assert await lab.run(*record, "mine", "ours", keys=("bus:topics",)) == b"ours"
+    assert await lab.run(*record, "mine", "late", keys=("bus:topics",)) == b"ours"
+
+
+# --- how they are sent
+
+
+@pytest.mark.parametrize("name", VERBS)
+async def test_every_script_is_understood_by_the_server(lab, name):
+    assert await lab.redis.script_load(Script(name)._text)

@@ -1,0 +1,31 @@
+"""What the tests of connections share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from bus.streams.address import parse_url
+from bus.streams.connection import Connection
+from bus.streams.server import Standalone
+from bus.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+CANARY = "s3cret-passw0rd"
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str, telemetry: Telemetry | None = None) -> AsyncIterator[Connection]:
+    connection = Connection(Standalone(parse_url(url)), "test", telemetry or Telemetry())
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def with_user(url: str, user: str) -> str:
+    """Put `user:password` into a URL."""
+    return url.replace("://", f"://{user}@")

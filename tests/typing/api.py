@@ -1,0 +1,119 @@
+"""What a type checker must accept: never run, checked by mypy --strict (test_typing.py)."""
+
+from collections.abc import AsyncIterator, Awaitable
+from datetime import timedelta
+from typing import assert_type
+
+from bus import (
+    Backoff,
+    Bus,
+    DeadLettered,
+    Delivery,
+    Envelope,
+    Event,
+    Handler,
+    Receipt,
+    Registry,
+    Reject,
+    RetryLater,
+    Topic,
+    Worker,
+    event_handler,
+)
+
+
+class Base(Event, topic="typing", key="shelf"):
+    """A base without a type, for events of one topic."""
+
+    shelf: str
+
+
+class BookAdded(Base, type="typing.book_added", version=2, encoding="msgpack"):
+    """Adds fields to its base."""
+
+    title: str
+    pages: int = 0
+    tags: tuple[str, ...] = ()
+
+
+event = BookAdded(shelf="s", title="t")
+assert_type(event, BookAdded)
+assert_type(BookAdded(title="t", shelf="s", pages=3, tags=("a",)).pages, int)
+assert_type(event.tags, tuple[str, ...])
+assert_type(hash(event), int)
+
+topic = Topic("typing", partitions=4)
+steady = Backoff(base_s=1, factor=1.0, max_s=60, jitter=0)
+
+
+async def tell(dead: DeadLettered, bus: Bus) -> None:
+    """Are told of dead letters."""
+    assert_type(dead.event, Event)
+    assert_type(dead.envelope, Envelope)
+    assert_type(dead.reason, str)
+    await bus.publish(event)
+
+
+@event_handler(
+    BookAdded, "typing.*", group="shelve", backoff=steady, timeout_s=2, start="now", on_dead=tell
+)
+async def shelve(event: BookAdded, delivery: Delivery[BookAdded]) -> None:
+    """Take the event and its delivery."""
+    assert_type(delivery.event, BookAdded)
+    assert_type(delivery.attempt, int)
+    assert_type(delivery.envelope.event_id, str)
+    if event.pages < 0:
+        raise Reject("a book has pages")
+    if not event.title:
+        raise RetryLater(5)
+    delivery.logger.info("shelved")
+
+
+@event_handler(BookAdded, group="count")
+async def count(event: BookAdded) -> int:
+    """Take the event alone."""
+    return event.pages
+
+
+class Auditor:
+    """Handle as a class."""
+
+    async def handle(self, event: Event, delivery: Delivery[Event]) -> None:
+        """Take any event."""
+
+
+# As @event_handler(...) above the class it works too, but mypy takes no notice of what a decorator
+# makes of a class, and would see Auditor in the list below.
+audit = event_handler("typing.*", group="audit", topics=["typing"])(Auditor)
+
+assert_type(audit, Handler[...])
+assert_type(shelve.group, str)
+handlers: list[Handler[...]] = [shelve, count, audit]
+registry = Registry([shelve, count, audit], topics=[topic])
+
+
+async def call_them(delivery: Delivery[BookAdded]) -> None:
+    """Call handlers as the functions they were."""
+    await shelve(event, delivery)
+    await count(event)
+    await audit(event, delivery)
+    waiting: Awaitable[object] = count(event)
+    await waiting
+
+
+async def live() -> None:
+    """Use the whole surface once."""
+    async with Bus.connect("redis://localhost", topics=[topic], publish_timeout_s=5) as bus:
+        assert_type(bus, Bus)
+        receipt = await bus.publish(event, event_id="e", source="here", correlation_id="c")
+        assert_type(receipt, Receipt)
+        assert_type(receipt.entry_id, str)
+        assert_type(await bus.publish_many(event for _ in range(3)), list[Receipt])
+        past = bus.history("typing", since="@-2h", types=[BookAdded, "typing.*"])
+        assert_type(past, AsyncIterator[Envelope])
+        async for envelope in past:
+            assert_type(envelope.event, Event)
+            assert_type(envelope.key, str | None)
+        async with Worker(bus, handlers=[shelve, audit], only=["shelve"]) as worker:
+            await worker.drained(timedelta(seconds=5).total_seconds())
+        await bus.redis.get("key")

@@ -1,0 +1,52 @@
+"""What a type checker must refuse: never run, checked by mypy --strict (test_typing.py).
+
+Each ignore stands for the complaint that must be there: mypy complains of one that is not needed.
+"""
+
+from bus import Backoff, Bus, Delivery, Event, Worker, event_handler
+
+
+class Loaned(Event, type="typing.loaned", key="book_id"):
+    """A book has left."""
+
+    book_id: str
+    days: int = 14
+
+
+Loaned()  # type: ignore[call-arg]  # a field is missing
+Loaned(days=3)  # type: ignore[call-arg]  # the same
+Loaned(book_id=5)  # type: ignore[arg-type]  # of a wrong type
+Loaned(book_id="b", days="3")  # type: ignore[arg-type]  # the same
+Loaned(book_id="b", due=3)  # type: ignore[call-arg]  # no such field
+Loaned("b")  # type: ignore[call-arg]  # not by position
+Loaned(book_id="b").days = 3  # type: ignore[misc]  # frozen
+Loaned(book_id="b").due  # type: ignore[attr-defined]  # no such field  # noqa: B018
+
+
+@event_handler(Loaned, group="typed")
+async def remind(event: Loaned, delivery: Delivery[Loaned]) -> None:
+    """Take both."""
+
+
+event_handler(Loaned)  # type: ignore[call-arg]  # without a group
+event_handler(Loaned, group="g", start="end")  # type: ignore[arg-type]
+event_handler(Loaned, group="g", backoff=5)  # type: ignore[arg-type]
+event_handler(5, group="g")  # type: ignore[arg-type]
+
+
+@event_handler(Loaned, group="sync")  # type: ignore[arg-type]
+def blocking(event: Loaned) -> None:
+    """Is not async."""
+
+
+async def live(bus: Bus, delivery: Delivery[Loaned]) -> None:
+    """Use things wrongly."""
+    await remind(Loaned(book_id="b"))  # type: ignore[call-arg]  # it takes the delivery too
+    await remind("b", delivery)  # type: ignore[arg-type]
+    await bus.publish("an event")  # type: ignore[arg-type]
+    await bus.publish(Loaned)  # type: ignore[arg-type]  # the class instead of an event
+    await bus.publish_many([1, 2])  # type: ignore[list-item]
+    await bus.publish(Loaned(book_id="b"), "id")  # type: ignore[call-arg]
+    delivery.event.nothing  # type: ignore[attr-defined]  # noqa: B018
+    Worker(bus, [blocking, remind.call])  # type: ignore[list-item]
+    Backoff(first_s=1)  # type: ignore[call-arg]
