@@ -10,7 +10,15 @@ import uvloop
 
 from bus import Bus, DeclarationError
 from bus.instrument.logging import attach, configure
-from bus.worker.program import DRAINED, USAGE, Options, child_command, serve, supervise
+from bus.worker.program import (
+    DRAINED,
+    USAGE,
+    Options,
+    check_declarations,
+    child_command,
+    serve,
+    supervise,
+)
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -38,6 +46,7 @@ async def run(options: Options, arguments: Sequence[str]) -> int:
     attach(bus.telemetry)
     try:
         if options.processes > 1:
+            check_declarations(bus, options)  # once, here, instead of once in every process
             command = child_command(__file__, arguments)
             return await supervise(command, options.processes, bus.telemetry)
         return await serve(bus, options)

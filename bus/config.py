@@ -15,7 +15,7 @@ UNIT_BYTES = 8 * 1024 * 1024
 
 # --- connections
 CONNECT_TIMEOUT_S = 5.0
-REPLY_TIMEOUT_S = 10.0  # a command without BLOCK that takes longer: the connection is given up
+REPLY_TIMEOUT_S = 5.0  # a command without BLOCK that takes longer: the connection is given up
 BLOCK_MS = 2_000  # the longest a read waits on the server, hence the slowest stop without UNBLOCK
 
 # --- handling
@@ -35,6 +35,7 @@ UNKNOWN_TYPE_MAX_AGE_S = 86_400.0  # ...for a day after it was published
 SWEEP_S = 1.0  # safety net for retries and crashed workers
 SWEEP_LEASE_MS = 2_000
 JANITOR_S = 30.0
+TOPICS_S = 5.0  # how soon new partitions are read, and a lost topic record is written again
 VERDICTS_PER_CALL = 500  # bounds how long one script keeps the server busy
 PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is above
 

@@ -116,7 +116,7 @@ class Envelope:
     stream: str
     entry_id: str
     time: datetime
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     source: str | None = None
     correlation_id: str | None = None
     causation_id: str | None = None
@@ -188,16 +188,15 @@ class Delivery(Generic[E_co]):
         fields: list[bytes],
         attempt: int,
         checked_at: float,
-        *,
-        reclaimed: bool = False,
+        received_at: float,
     ) -> None:
         self.origin = origin
         self.entry_id = entry_id
         self.fields = fields
         self.attempt = attempt
         self.checked_at = checked_at  # loop time at which it was last known to be ours
-        self.received_at = checked_at
-        self.reclaimed = reclaimed
+        self.received_at = received_at  # loop time
+        self.reclaimed = False  # taken from another worker, and not started here yet
         self.settled = False
         self.ordinals: dict[tuple[str, str], int] | None = None
         self._envelope: Envelope | None = None

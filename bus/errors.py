@@ -98,9 +98,9 @@ class PublishUnknown(PublishError):
 class Reject(Exception):
     """Raised by a handler: this delivery can never succeed, dead-letter it now."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: object) -> None:
         super().__init__(reason)
-        self.reason = reason
+        self.reason = str(reason)
 
 
 class RetryLater(Exception):

@@ -18,7 +18,7 @@ import msgspec
 from tenacity import (
     AsyncRetrying,
     retry_if_exception,
-    stop_after_delay,
+    stop_never,
     wait_random_exponential,
 )
 
@@ -31,7 +31,7 @@ from bus.streams import keys
 from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
 from bus.streams.connection import Arg
 from bus.streams.stream import StreamStore
-from bus.streams.topics import TopicTable
+from bus.streams.topics import RECORD_TTL_S, TopicTable
 from bus.telemetry import Telemetry
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: its order is sort order
@@ -53,10 +53,10 @@ class _Route:
 
     __slots__ = ("info", "stale_at", "streams")
 
-    def __init__(self, info: EventInfo, streams: list[str], stale_at: float | None) -> None:
+    def __init__(self, info: EventInfo, streams: list[str], stale_at: float) -> None:
         self.info = info
         self.streams = streams
-        self.stale_at = stale_at  # loop time after which an implicit partition count is asked again
+        self.stale_at = stale_at  # loop time after which the partition count is asked for again
 
 
 class Publisher:
@@ -86,16 +86,16 @@ class Publisher:
         self._ids = _EventIds()
         self._senders: dict[str, Sender] = {}
         self._routes: dict[type[Event], _Route] = {}
-        self._routing = asyncio.Lock()
+        self._routing: dict[str, asyncio.Lock] = {}
         self._unrouted = 0
 
     async def publish(
         self, event: Event, event_id: str | None = None, headers: Headers | None = None
     ) -> Receipt:
         """Append one event and wait until the server has it. See `Bus.publish`."""
-        route = await self._route(event)
-        event_id, stream, args, size = self._encoded(route, event, event_id, headers)
         deadline = asyncio.get_running_loop().time() + self._timeout_s
+        route = await self._route(event, deadline)
+        event_id, stream, args, size = self._encoded(route, event, event_id, headers)
         ms, at = await self._sender(stream).add(Unit(1, size, [1, *args], deadline))
         return Receipt(event_id, stream, f"{ms}-{at}")
 
@@ -103,14 +103,14 @@ class Publisher:
         self, events: Iterable[Event], headers: Headers | None = None
     ) -> list[Receipt]:
         """Append events, atomically per stream. See `Bus.publish_many`."""
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
         by_stream: dict[str, list[tuple[int, str, list[Arg], int]]] = {}
         total = 0
         for position, event in enumerate(events):
-            route = await self._route(event)
+            route = await self._route(event, deadline)
             event_id, stream, args, size = self._encoded(route, event, None, headers)
             by_stream.setdefault(stream, []).append((position, event_id, args, size))
             total += 1
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
         units = {s: _unit_of(s, items, deadline) for s, items in by_stream.items()}
         futures = [self._sender(s).add(u) for s, u in units.items()]
         results = await asyncio.gather(*futures, return_exceptions=True)
@@ -162,65 +162,61 @@ class Publisher:
         )
         return event_id, stream, [len(fields), *fields], size
 
-    async def _route(self, event: Event) -> _Route:
+    async def _route(self, event: Event, deadline: float) -> _Route:
         route = self._fresh_route(event.__class__)
         if route is not None and not self._unrouted:
             return route
-        # First in, first out: what is published later must not overtake those that wait here.
+        if not isinstance(event, Event):
+            raise InvalidEvent(
+                f"only events can be published, not {type(event).__name__}:"
+                " declare a class X(Event, type='family.what_happened')"
+            )
+        info = info_of(event.__class__)
+        # First in, first out, per topic: what comes later must not overtake those that wait here.
+        lock = self._routing.setdefault(info.topic, asyncio.Lock())
         self._unrouted += 1
         try:
-            async with self._routing:
-                return self._fresh_route(event.__class__) or await self._find_route(event)
+            async with asyncio.timeout_at(deadline), lock:
+                return self._fresh_route(info.cls) or await self._find_route(info)
+        except TimeoutError:
+            raise PublishTimeout(
+                f"the partitions of topic {info.topic} could not be had in time:"
+                " the event was not published"
+            ) from None
         finally:
             self._unrouted -= 1
 
-    async def _find_route(self, event: Event) -> _Route:
-        """Ask for the partitions of the event's topic, again until `publish_timeout_s`."""
-        cls = event.__class__
-        if not isinstance(event, Event):
-            raise InvalidEvent(
-                f"only events can be published, not {cls.__name__}:"
-                " declare a class X(Event, type='family.what_happened')"
-            )
-        info = info_of(cls)
-        try:
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception(is_transient),
-                stop=stop_after_delay(self._timeout_s),
-                wait=wait_random_exponential(multiplier=0.02, max=1.0),
-                reraise=True,
-            ):
-                with attempt:
-                    return await self._ask_route(cls, info)
-        except BusError as error:
-            if not is_transient(error):
-                raise
-            raise PublishTimeout(
-                f"the partitions of topic {info.topic} could not be had in time ({error}):"
-                " the event was not published"
-            ) from None
-        raise AssertionError("unreachable")
+    async def _find_route(self, info: EventInfo) -> _Route:
+        """Ask for the partitions of a topic, again until the caller's time is up."""
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(is_transient),
+            stop=stop_never,
+            wait=wait_random_exponential(multiplier=0.02, max=1.0),
+            reraise=True,
+        ):
+            with attempt:
+                return await self._ask_route(info.cls, info)
+        raise AssertionError("tenacity ends by returning or raising")
 
     async def _ask_route(self, cls: type[Event], info: EventInfo) -> _Route:
         loop = asyncio.get_running_loop()
         try:
-            partitions, may_change = await self._topics.partitions(info.topic)
+            partitions, _ = await self._topics.partitions(info.topic)
         except BusError as error:
             known = self._routes.get(cls)
             if known is None or not is_transient(error):
                 raise
-            known.stale_at = loop.time() + 1.0  # the server is away: what was known must do
+            known.stale_at = loop.time() + RECORD_TTL_S  # the server is away: what is known must do
             return known
-        stale_at = loop.time() + 1.0 if may_change else None
-        route = _Route(info, self._topics.streams(info.topic, partitions), stale_at)
+        streams = self._topics.streams(info.topic, partitions)
+        route = _Route(info, streams, loop.time() + RECORD_TTL_S)
         self._routes[cls] = route
         return route
 
     def _fresh_route(self, cls: type[Event]) -> _Route | None:
         route = self._routes.get(cls)
-        if route is None or route.stale_at is None:
-            return route
-        return route if asyncio.get_running_loop().time() < route.stale_at else None
+        fresh = route is not None and asyncio.get_running_loop().time() < route.stale_at
+        return route if fresh else None
 
     def _sender(self, stream: str) -> Sender:
         sender = self._senders.get(stream)

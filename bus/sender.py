@@ -52,6 +52,8 @@ class Sender:
         self._in_flight: list[Unit] = []
         self._trouble: Exception | None = None  # why the batch in flight is not in yet
         self._maybe_sent = False  # whether the batch in flight may have been appended unseen
+        self._attempting = False
+        self._all_told = asyncio.Event()  # the callers of the batch in flight, by `_expire`
         self._sequence = 0
         self._deadline: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None
@@ -124,7 +126,7 @@ class Sender:
         )
 
     async def _attempt(self, batch: list[Unit]) -> Appended:
-        before, self._maybe_sent = self._maybe_sent, True  # true while it is on its way
+        self._attempting = True
         try:
             return await self._store.append(
                 self._stream,
@@ -135,8 +137,11 @@ class Sender:
             )
         except BusError as error:
             self._trouble = error
-            self._maybe_sent = before or (isinstance(error, ConnectionLost) and error.sent)
+            if isinstance(error, ConnectionLost) and error.sent:
+                self._maybe_sent = True
             raise
+        finally:
+            self._attempting = False
 
     async def _insist(self, batch: list[Unit], first: BusError) -> Appended:
         """Send the batch again until it is in or its last deadline has passed."""
@@ -147,10 +152,16 @@ class Sender:
             retry=retry_if_exception(is_transient),
             stop=stop_never,
             wait=wait_random_exponential(multiplier=0.02, max=1.0),
+            sleep=self._pause,
             reraise=True,
         ):
             if loop.time() >= last:
                 raise error
+            if not self._maybe_sent:
+                # Nothing of it was ever sent: who was told "not published" must not be in it.
+                batch[:] = [u for u in batch if not u.future.done()]
+                if not batch:
+                    raise error
             self._telemetry.emit(
                 "publish.retried",
                 stream=self._stream,
@@ -166,17 +177,30 @@ class Sender:
                     raise
         raise error
 
+    async def _pause(self, delay_s: float) -> None:
+        """Wait before the next attempt, no longer than anybody waits for it."""
+        self._all_told.clear()
+        try:
+            async with asyncio.timeout(delay_s):
+                await self._all_told.wait()
+        except TimeoutError:
+            pass
+
     def _expire(self) -> None:
         """Tell the callers whose time is up; their batch may go on being sent all the same."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for units, unknown in ((self._in_flight, self._maybe_sent), (self._units, False)):
+        # An attempt that still connects may yet send it: doubt is the honest answer.
+        doubt = self._maybe_sent or self._attempting
+        for units, unknown in ((self._in_flight, doubt), (self._units, False)):
             late = [u for u in units if u.deadline <= now and not u.future.done()]
             for unit in late:
                 unit.future.set_exception(self._too_late(unknown, self._trouble))
             if units is self._units:
                 for unit in late:
                     self._units.remove(unit)
+        if all(u.future.done() for u in self._in_flight):
+            self._all_told.set()
         waiting = [u.deadline for u in (*self._in_flight, *self._units) if not u.future.done()]
         self._deadline = loop.call_at(min(waiting), self._expire) if waiting else None
 

@@ -76,6 +76,9 @@ EVENTS: dict[str, Emitted] = {
     "verdict.failed": Emitted(
         _W, ("stream", "group", "count", "error_type", "error"), "not taken yet; tried again"
     ),
+    "verdict.void": Emitted(
+        _E, ("stream", "group", "count"), "the group is gone; made again, it delivers what is left"
+    ),
     "delivery.refused": Emitted(
         _W, ("stream", "group", "count", "verb"), "a verdict was too late: another worker owns it"
     ),
@@ -93,6 +96,15 @@ EVENTS: dict[str, Emitted] = {
     "worker.started": Emitted(_I, ("worker", "groups", "streams"), "reads from now on"),
     "worker.stopping": Emitted(_I, ("worker", "reason"), "reads no more, lets handlers finish"),
     "worker.stopped": Emitted(_I, ("worker", "handed_back", "cancelled"), "has drained"),
+    "topics.failed": Emitted(
+        _W, ("worker", "error_type", "error"), "could not look whether topics have changed"
+    ),
+    "lease.failed": Emitted(
+        _W, ("worker", "error_type", "error"), "could not say that it lives, or renew; tried again"
+    ),
+    "sweep.failed": Emitted(
+        _W, ("worker", "error_type", "error"), "could not look for due and orphaned entries"
+    ),
     "worker.failed": Emitted(
         _E, ("worker", "part", "error_type", "error", "where"), "a part of the worker broke"
     ),

@@ -499,7 +499,7 @@ async def test_a_topic_nobody_declared_is_asked_for_again_without_failing(
     private_server, monkeypatch
 ):
     """Its record may be replaced; while the server is away, the known count must do."""
-    monkeypatch.setattr("bus.streams.topics.IMPLICIT_TTL_S", 0)
+    monkeypatch.setattr("bus.streams.topics.RECORD_TTL_S", 0)
     server = private_server(aof=True)
     async with Bus.connect(server.url) as bus:
         await bus.publish(Noted(n=0))

@@ -18,7 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from bus.config import REPLY_TIMEOUT_S
 from bus.errors import BusClosed, BusError
-from bus.streams.replies import Reply, ReplyError
+from bus.streams.replies import NOT_THE_PRIMARY, Reply, ReplyError
 from bus.telemetry import Telemetry
 
 Arg = bytes | str | int
@@ -108,7 +108,7 @@ class Connection:
         finally:
             self._pump = None
 
-    async def _exchange(self, batch: list[_Request]) -> None:
+    async def _exchange(self, batch: list[_Request]) -> None:  # noqa: C901 - one branch an end
         sent = False
         watchdog: asyncio.TimerHandle | None = None
         try:
@@ -125,17 +125,24 @@ class Connection:
             )
             sent = True
             await raw.send_packed_command([r.packed for r in batch], check_health=False)
+            moved = False
             for request in batch:
                 replies = [await _reply(raw) for _ in range(request.replies)]
+                moved = moved or any(
+                    isinstance(r, ReplyError) and r.code in NOT_THE_PRIMARY for r in replies
+                )
                 if not request.future.done():
                     request.future.set_result(replies)
+            if moved:  # the name may lead to another server by now
+                self._raw = self.client_id = None
+                await raw.disconnect(nowait=True)
         except (TimeoutError, redis_errors.RedisError, OSError) as error:
             self._fail(batch, ConnectionLost(f"connection lost: {reason_of(error)}", sent=sent))
         except BusError as error:
             self._fail(batch, error)
-        except Exception as error:  # a bug, ours or redis-py's: nobody may wait for ever
-            self._fail(batch, ConnectionLost(f"connection failed: {error!r}", sent=sent))
-            raise
+        except Exception as error:  # uvloop raises RuntimeError for a transport that was closed
+            name = type(error).__name__
+            self._fail(batch, ConnectionLost(f"connection lost: {name}: {error}", sent=sent))
         except asyncio.CancelledError:
             self._fail(batch, ConnectionLost("the bus is closing", sent=sent), quiet=True)
             raise

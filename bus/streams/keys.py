@@ -17,6 +17,7 @@ from zlib import crc32
 TOPICS = "bus:topics"
 PROBE = "bus:probe"
 LANE = b"parked:"
+_MOST_DIGITS = 15  # of a time in ms; the year 33658
 
 
 def stream(topic: str, partition: int) -> str:
@@ -34,9 +35,13 @@ def dead(stream_key: str, group: str) -> str:
     return f"{stream_key}:dead:{group}"
 
 
-def lease(stream_key: str, consumer: str) -> str:
-    """Return the key that exists while the worker `consumer` is alive."""
-    return f"{stream_key}:lease:{consumer}"
+def lease(stream_key: str, consumer: str | bytes) -> bytes:
+    """Return the key that exists while the worker `consumer` is alive.
+
+    As bytes, since consumers of other languages may have any name.
+    """
+    name = consumer if isinstance(consumer, bytes) else consumer.encode()
+    return f"{stream_key}:lease:".encode() + name
 
 
 def workers(stream_key: str) -> str:
@@ -62,4 +67,5 @@ def partition_of(key: str, partitions: int) -> int:
 def lane_due_ms(consumer: bytes) -> int | None:
     """Return the server time in ms at which a lane is due, None if `consumer` is a worker."""
     digits = consumer[len(LANE) :]
-    return int(digits) if consumer.startswith(LANE) and digits.isdigit() else None
+    is_lane = consumer.startswith(LANE) and digits.isdigit() and len(digits) <= _MOST_DIGITS
+    return int(digits) if is_lane else None

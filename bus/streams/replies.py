@@ -38,6 +38,8 @@ TRANSIENT = frozenset(
         "UNBLOCKED",
     ]
 )
+# The connection leads to a server that does not take writes (any more).
+NOT_THE_PRIMARY = frozenset(["READONLY", "MASTERDOWN", "UNBLOCKED"])
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{2,})\b")  # how 6.2 quotes the inner error
 _FIRST_WORD = re.compile(r"([A-Z][A-Z0-9]+)\b")
 

@@ -21,11 +21,11 @@ class Script:
         self._text = (head + body).encode()
         self._by_digest = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()
 
-    def packed(self, keys: tuple[str, ...], args: list[Arg]) -> bytes:
+    def packed(self, keys: tuple[Arg, ...], args: list[Arg]) -> bytes:
         """Return EVALSHA with `keys` and `args` in wire form."""
         return pack(("EVALSHA", self._by_digest, len(keys), *keys, *args))
 
-    def packed_with_text(self, keys: tuple[str, ...], args: list[Arg]) -> bytes:
+    def packed_with_text(self, keys: tuple[Arg, ...], args: list[Arg]) -> bytes:
         """Return EVAL with `keys` and `args` in wire form: after NOSCRIPT (restart, failover)."""
         return pack(("EVAL", self._text, len(keys), *keys, *args))
 

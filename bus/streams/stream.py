@@ -7,6 +7,7 @@ AuthenticationFailed. Who calls decides what to do about it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, NamedTuple
 
 from bus.config import PRODUCER_MEMORY_S, REPLY_TIMEOUT_S
@@ -39,6 +40,14 @@ class Taken(NamedTuple):
 
     entries: list[tuple[bytes, int, list[bytes]]]
     lost: list[bytes]
+
+
+class Started(IntEnum):
+    """Whether a reclaimed delivery may run: refused is another worker's, lost has no entry."""
+
+    REFUSED = 0
+    YES = 1
+    LOST = 2
 
 
 class Renewed(NamedTuple):
@@ -170,7 +179,7 @@ class StreamStore:
                 return {}
             raise
         found = [_row(r) for r in rows]
-        return {r["name"].decode(): r for r in found}
+        return {r["name"].decode("utf-8", "surrogateescape"): r for r in found}
 
     async def standing(self, stream: str, group: str) -> Standing | None:
         """Return how far `group` is, None when it does not exist. XINFO GROUPS, XRANGE of one."""
@@ -219,10 +228,10 @@ class StreamStore:
 
     async def start(
         self, stream: str, group: str, consumer: str, entry_id: bytes, count: int
-    ) -> bool:
-        """Store the count of a reclaimed delivery that is about to run; False if refused."""
+    ) -> Started:
+        """Store the count of a reclaimed delivery that is about to run. `start.lua`."""
         args: list[Arg] = [group, consumer, entry_id, count]
-        return bool(await self._run(self.commands, _start, (stream,), args))
+        return Started(await self._run(self.commands, _start, (stream,), args))
 
     # --- taking over
 
@@ -257,13 +266,13 @@ class StreamStore:
         least_idle_ms 0: only if the owner has no lease; else whatever has been idle that long.
         """
         args: list[Arg] = [group, consumer, owner, most, least_idle_ms]
-        lease = keys.lease(stream, owner.decode(errors="replace"))
-        return _taken(await self._run(self.commands, _reclaim, (stream, lease), args))
+        target = (stream, keys.lease(stream, owner))
+        return _taken(await self._run(self.commands, _reclaim, target, args))
 
     async def survey(self, stream: str, groups: Sequence[str]) -> Survey:
         """Look at the consumers of `groups`. Two round trips: TIME, SMEMBERS, XINFO; EXISTS."""
         commands: list[tuple[Arg, ...]] = [("TIME",), ("SMEMBERS", keys.workers(stream))]
-        commands += [("XINFO", "CONSUMERS", stream, g) for g in groups]
+        commands += [("XINFO", "CONSUMERS", stream, _wire(g)) for g in groups]
         time, listed, *rows = await self._pipeline(commands)
         for reply in (time, listed):
             if isinstance(reply, ReplyError):
@@ -273,9 +282,7 @@ class StreamStore:
             if isinstance(reply, list):
                 table = [_row(r) for r in reply]
                 found[group] = [Consumer(r["name"], r["pending"], r["idle"]) for r in table]
-        exists = await self._pipeline(
-            [("EXISTS", keys.lease(stream, name.decode(errors="replace"))) for name in listed]
-        )
+        exists = await self._pipeline([("EXISTS", keys.lease(stream, name)) for name in listed])
         alive = frozenset(n for n, e in zip(listed, exists, strict=True) if e != 0)
         now_ms = int(time[0]) * 1000 + int(time[1]) // 1000
         return Survey(now_ms, frozenset(listed), alive, found)
@@ -285,12 +292,20 @@ class StreamStore:
     async def keep_leases(
         self, streams: Sequence[str], consumer: str, groups: Sequence[str], lease_ms: int
     ) -> None:
-        """Say that `consumer` is alive and serves `groups`. SET PX and SADD each, one write."""
+        """Say that `consumer` is alive and serves `groups`.
+
+        PEXPIRE each, which a server without memory still allows; SET PX and SADD where that found
+        nothing. One or two writes.
+        """
+        renewed = await self._pipeline(
+            [("PEXPIRE", keys.lease(s, consumer), lease_ms) for s in streams]
+        )
         served = ",".join(groups)
         commands: list[tuple[Arg, ...]] = []
-        for stream in streams:
-            commands.append(("SET", keys.lease(stream, consumer), served, "PX", lease_ms))
-            commands.append(("SADD", keys.workers(stream), consumer))
+        for stream, reply in zip(streams, renewed, strict=True):
+            if reply != 1:
+                commands.append(("SET", keys.lease(stream, consumer), served, "PX", lease_ms))
+                commands.append(("SADD", keys.workers(stream), consumer))
         for reply in await self._pipeline(commands):
             if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
                 raise reply
@@ -302,8 +317,13 @@ class StreamStore:
     async def served_groups(self, stream: str) -> set[str]:
         """Return the groups that live workers say they serve. SMEMBERS, then GET each."""
         names = await self.commands.call("SMEMBERS", keys.workers(stream))
-        leases = await self._pipeline([("GET", keys.lease(stream, n.decode())) for n in names])
-        return {g for v in leases if isinstance(v, bytes) for g in v.decode().split(",")}
+        leases = await self._pipeline([("GET", keys.lease(stream, n)) for n in names])
+        return {
+            g
+            for v in leases
+            if isinstance(v, bytes)
+            for g in v.decode("utf-8", "replace").split(",")
+        }
 
     async def try_sweep(
         self, streams: Sequence[str], groups: Iterable[str], consumer: str, lease_ms: int
@@ -313,15 +333,18 @@ class StreamStore:
         replies = await self._pipeline(
             [("SET", keys.sweep(s, names), consumer, "NX", "PX", lease_ms) for s in streams]
         )
+        for reply in replies:
+            if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
+                raise reply
         return [s for s, r in zip(streams, replies, strict=True) if r == b"OK"]
 
-    async def forget_consumer(self, stream: str, group: str, consumer: str) -> bool:
+    async def forget_consumer(self, stream: str, group: str, consumer: bytes) -> bool:
         """Remove a consumer that has no lease and nothing pending; True if it is gone now."""
-        args: list[Arg] = [group, consumer]
+        args: list[Arg] = [_wire(group), consumer]
         target = (stream, keys.lease(stream, consumer))
         return bool(await self._run(self.commands, _forget_consumer, target, args))
 
-    async def unlist_worker(self, stream: str, consumer: str) -> None:
+    async def unlist_worker(self, stream: str, consumer: bytes) -> None:
         """Take a worker that is gone off the list. SREM."""
         await self.commands.call("SREM", keys.workers(stream), consumer)
 
@@ -348,7 +371,7 @@ class StreamStore:
         self,
         connection: Connection,
         script: Script,
-        on: tuple[str, ...],
+        on: tuple[Arg, ...],
         args: list[Arg],
         timeout_s: float = REPLY_TIMEOUT_S,
     ) -> Reply:
@@ -400,6 +423,11 @@ class Reader:
     async def close(self) -> None:
         """Close the connection."""
         await self._connection.close()
+
+
+def _wire(name: str) -> bytes:
+    """Return a group's name as the server has it; others may have given it any bytes."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _taken(reply: Reply) -> Taken:

@@ -3,7 +3,7 @@
 `bus:topics` is a hash, topic -> JSON such as `{"partitions":4}` or
 `{"partitions":1,"implicit":true}`. The first process to use a topic records it. A record marked
 implicit was made by a process that only used the topic; the first declaration replaces it while
-the streams are empty.
+the streams are empty. Whoever knows a record writes it again when the server has lost it.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.topic import Topic
 
-IMPLICIT_TTL_S = 5.0  # how soon a process notices that its implicit record was replaced
+RECORD_TTL_S = 5.0  # how soon a process notices that a record was replaced, or lost
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,7 +85,7 @@ class TopicTable:
                 record = self._fresh(name)  # somebody may have asked while we waited
                 if record is None:
                     record = await self._agree(name)
-                    until = asyncio.get_running_loop().time() + IMPLICIT_TTL_S
+                    until = asyncio.get_running_loop().time() + RECORD_TTL_S
                     self._known[name] = (record, until)
         return record.partitions, record.implicit
 
@@ -94,35 +94,42 @@ class TopicTable:
         if known is None:
             return None
         record, until = known
-        ok = not record.implicit or asyncio.get_running_loop().time() < until
-        return record if ok else None
+        return record if asyncio.get_running_loop().time() < until else None
+
+    def _ours(self, name: str) -> Record | None:
+        """Return what we would record: our declaration, or what we know to have been declared."""
+        declared = self._declared.get(name)
+        if declared is not None:
+            return Record(declared.partitions)
+        known = self._known.get(name)
+        return known[0] if known is not None and not known[0].implicit else None
 
     async def _holds(self, name: str, standing: bytes) -> Record | None:
         """Return the record that holds for us, None if ours is to be recorded.
 
         Errors: TopicMismatch when a declaration of ours contradicts it.
         """
-        declared = self._declared.get(name)
         if not standing:
             return None
-        recorded = _parsed(name, standing)
-        if declared is None:
+        recorded, ours = _parsed(name, standing), self._ours(name)
+        if ours is None:
             return recorded
-        if recorded.partitions == declared.partitions:
+        if recorded.partitions == ours.partitions:
             return None if recorded.implicit else recorded
         streams = self.streams(name, recorded.partitions)
         if recorded.implicit and not await self._store.any_entries(streams):
             return None
+        if name not in self._declared:
+            return recorded
         raise TopicMismatch(
-            f"topic {name} is declared with {declared.partitions} partitions here and"
+            f"topic {name} is declared with {ours.partitions} partitions here and"
             f" recorded with {recorded.partitions}"
             f"{' (by its first use)' if recorded.implicit else ''}:"
             " declare the recorded number, or empty the topic first"
         )
 
     async def _agree(self, name: str) -> Record:
-        declared = self._declared.get(name)
-        ours = Record(declared.partitions if declared else 1, implicit=declared is None)
+        ours = self._ours(name) or Record(1, implicit=True)
         standing = await self._store.topic_record(name)
         while True:
             holds = await self._holds(name, standing)

@@ -12,19 +12,22 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bus.config import IN_HAND_S, READ_COUNT, SLOT_TURN_S, WAITED_S
+from bus.config import IN_HAND_S, READ_COUNT, WAITED_S
 from bus.delivery import ACK, HAND_BACK, DeadLetter, DeadLettered, Delivery, Publishes, Verdict
 from bus.errors import BusError
 from bus.handler import Handler
 from bus.streams.codec import envelope_of
 from bus.streams.replies import ReplyError
-from bus.streams.stream import RawEntry, StreamStore, Taken
+from bus.streams.stream import RawEntry, Started, StreamStore, Taken
 from bus.telemetry import Telemetry
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
-from bus.worker.hand import Hand, chunks, names_of, tell_lost
+from bus.worker.hand import Hand, Holding, names_of, tell_lost
 from bus.worker.intake import Intake
 from bus.worker.retries import PromptRetries
 from bus.worker.settler import Settler
+from bus.worker.turn import Turn
+
+_SHORTEST_UNCHECKED_S = 0.15  # below a round trip to a distant server, every check would be late
 
 
 class Consumer:
@@ -40,20 +43,23 @@ class Consumer:
         *,
         concurrency: int,
         lease_s: float,
+        turn: Turn,
     ) -> None:
         self.handler = handler
         self.group = handler.group
         self.name = name
         self.concurrency = concurrency
-        self.hands: dict[str, Hand] = {}
-        self.turn_given: Callable[[], None] = lambda: None  # set by the reclaimer
+        self.turn_given: Callable[[Consumer], None] = lambda _: None  # set by the reclaimer
         self._store = store
         self._bus = bus
         self._telemetry = telemetry
+        self._turn = turn
         # What was not confirmed to be ours for this long is checked before it runs: a third of
         # the time after which others may take it, be it by visibility or by our lease.
-        self._unchecked_s = min(handler.visibility_s, lease_s) / 3
+        self._unchecked_s = max(min(handler.visibility_s, lease_s) / 3, _SHORTEST_UNCHECKED_S)
         self._executor = Executor(handler)
+        self.holding = Holding(store, handler.group, name, telemetry)
+        self.hands = self.holding.hands
         self._retries = PromptRetries(
             store, name, telemetry, self._free, self.deliver, self._outcome_unknown
         )
@@ -70,13 +76,12 @@ class Consumer:
             block_ms=max(1, int(self._unchecked_s * 500)),
         )
         self._slots = [Slot() for _ in range(concurrency)]
-        self._buffer: deque[Delivery[Any]] = deque()
-        self._suspects: deque[Delivery[Any]] = deque()
         self._suspect_runs = False
         self._idle: deque[asyncio.Future[None]] = deque()
         self._running = 0
         self._reserved = 0
         self._wants_turn = False
+        self._stopping = False
         self._closing = False
         self._checking = asyncio.Lock()
         self._finished = 0
@@ -106,22 +111,28 @@ class Consumer:
     @property
     def busy(self) -> bool:
         """Whether anything is in hand or a verdict is on its way."""
-        return self._settler.has_work or any(h.held for h in self.hands.values())
+        return self._settler.has_work or bool(self.holding.held)
 
     async def stop_reading(self, intake: "asyncio.Task[None]") -> int:
         """Stop reading and hand back what has not started; return how many that were."""
+        self._stopping = True
         self._retries.stop()
         await self.intake.stop(intake)
         await self._retries.finish()
-        handed_back = self._hand_back(lambda _: True)
+        back = self._hand_back(lambda _: True)
         # What was reclaimed and not started is left as it is: its count says how often it was
         # started, and others reclaim it when our lease is gone.
-        self._forget([*self._buffer, *self._suspects])
-        return handed_back
+        self.holding.forget([*self.holding.buffer, *self.holding.suspects])
+        return back
 
-    async def finished(self) -> None:
-        """Wait until no handler runs and every verdict is with the server."""
-        while self._running or self._settler.has_work:  # noqa: ASYNC110 - at stop only
+    async def calls_ended(self) -> None:
+        """Wait until no handler runs."""
+        while self._running:  # noqa: ASYNC110 - at stop only
+            await asyncio.sleep(0.002)
+
+    async def verdicts_applied(self) -> None:
+        """Wait until every verdict is with the server."""
+        while self._settler.has_work:  # noqa: ASYNC110 - at stop only
             await asyncio.sleep(0.002)
 
     def cancel_calls(self) -> int:
@@ -144,29 +155,16 @@ class Consumer:
 
     def deliver_new(self, hand: Hand, entries: Sequence[RawEntry], sent_at: float) -> None:
         """Take entries read for the first time, behind what is there."""
-        self._measure()
-        held, append = hand.held, self._buffer.append
-        for entry_id, fields in entries:
-            delivery: Delivery[Any] = Delivery(hand, entry_id, fields, 1, sent_at)
-            held[entry_id] = delivery
-            append(delivery)
+        now = asyncio.get_running_loop().time()
+        self._measure(now)
+        self.holding.add_new(hand, entries, sent_at, now)
         self._wake_slots(len(entries))
 
-    def deliver(self, hand: Hand, taken: Taken, *, reclaimed: bool = False) -> int:
-        """Take entries moved here by a script, before the new ones; return how many."""
-        now = asyncio.get_running_loop().time()
-        known = set(hand.known)
-        fresh = [e for e in taken.entries if e[0] not in known]
-        for entry_id, count, fields in reversed(fresh):
-            delivery: Delivery[Any] = Delivery(
-                hand, entry_id, fields, count, now, reclaimed=reclaimed
-            )
-            hand.held[entry_id] = delivery
-            self._buffer.appendleft(delivery)
-        if taken.lost:
-            tell_lost(self._telemetry, hand, taken.lost)
-        self._wake_slots(len(fresh))
-        return len(fresh)
+    def deliver(self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool = False) -> int:
+        """Take entries moved here by a script sent at `asked_at`, before the new ones."""
+        count = self.holding.add_taken(hand, taken, asked_at, reclaimed=reclaimed)
+        self._wake_slots(count)
+        return count
 
     def _outcome_unknown(self, error: BusError) -> None:
         """A script may have moved entries here and its reply was lost: recover before reading."""
@@ -178,8 +176,9 @@ class Consumer:
     # --- how much is wanted
 
     def _free(self) -> int:
-        waiting = len(self._buffer) + len(self._suspects)
-        return max(0, self.concurrency - self._running - waiting)
+        if self._stopping:
+            return 0
+        return max(0, self.concurrency - self._running - self.holding.waiting)
 
     def _relieved(self) -> None:
         self.intake.look_again()
@@ -189,15 +188,14 @@ class Consumer:
         if self._settler.is_behind:
             return 0
         ahead = min(int(self._rate * IN_HAND_S), 2 * READ_COUNT)
-        room = max(self.concurrency - self._running, ahead) - len(self._buffer)
+        room = max(self.concurrency - self._running, ahead) - len(self.holding.buffer)
         if room > 0 and self._wants_turn:
             self._wants_turn = False
             self._reserved = max(1, room // 2)
-            self.turn_given()
+            self.turn_given(self)
         return room - self._reserved
 
-    def _measure(self) -> None:
-        now = asyncio.get_running_loop().time()
+    def _measure(self, now: float) -> None:
         done = self._finished - self._measured
         if done and now > self._measured_at:
             self._rate += (done / (now - self._measured_at) - self._rate) * 0.5
@@ -211,7 +209,7 @@ class Consumer:
         """
         if not self._reserved:
             free = self._free()
-            self._wants_turn = not free
+            self._wants_turn = not free and not self._stopping
             self._reserved = max(1, free // 2) if free else 0
         return self._reserved
 
@@ -228,21 +226,23 @@ class Consumer:
 
     async def _slot(self, slot: Slot) -> None:
         clock = asyncio.get_running_loop().time
-        turn_ends = 0.0
+        buffer, turn = self.holding.buffer, self._turn
         while True:
-            if not self._buffer:
+            if not buffer:
                 if self._closing:
                     return
                 waiter = asyncio.get_running_loop().create_future()
                 self._idle.append(waiter)
                 self.intake.look_again()
                 await waiter
-                turn_ends = clock() + SLOT_TURN_S
                 continue
-            delivery = self._buffer.popleft()
             now = clock()
+            if now > turn.ends:
+                await asyncio.shield(turn.next())
+                continue
+            delivery = buffer.popleft()
             if now - delivery.checked_at > self._unchecked_s:
-                self._buffer.appendleft(delivery)
+                buffer.appendleft(delivery)
                 await self._check_ownership()
                 continue
             self._running += 1
@@ -253,11 +253,8 @@ class Consumer:
                     await self._handle(slot, delivery, now)
             finally:
                 self._running -= 1
-            if self.intake.waits and len(self._buffer) <= self._low_water():
+            if self.intake.waits and len(buffer) <= self._low_water():
                 self.intake.look_again()
-            if clock() > turn_ends:
-                await asyncio.sleep(0)
-                turn_ends = clock() + SLOT_TURN_S
 
     def _low_water(self) -> int:
         """The buffer length at which reading on is worth a look: half of what is kept in hand."""
@@ -271,7 +268,7 @@ class Consumer:
             verdict = await self._executor.call(slot, delivery)
             slot.started_at = 0.0
             if slot.task is not None and slot.task.cancelling():
-                await self._end_cancelled(slot, delivery, verdict)
+                await self._end_cancelled(slot.task, delivery, verdict)
         if verdict is ACK:
             self._finished += 1
             self._settler.ack(delivery)
@@ -279,33 +276,46 @@ class Consumer:
             await self._settle(slot, delivery, verdict)
 
     async def _settle(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
-        if isinstance(verdict, DeadLetter):
-            await self._tell_on_dead(slot, delivery, verdict)
-        self._finished += 1
-        self._settler.settle(self.hands[delivery.origin.stream], delivery, verdict)
-
-    async def _end_cancelled(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
-        """Use up the cancellation of a call, unless the slot itself was cancelled."""
-        task = slot.task
-        if task is None:
+        if (
+            isinstance(verdict, DeadLetter)
+            and self.handler.on_dead is not None
+            and not await self._tell_on_dead(slot, delivery, verdict)
+        ):
             return
-        if not slot.cancel_reason and not task.cancelled_itself:
-            self._settler.settle(self.hands[delivery.origin.stream], delivery, verdict)
-            raise asyncio.CancelledError  # the event loop is being torn down around us
-        slot.cancel_reason = ""
+        self._finished += 1
+        self._settler.settle(self.holding.of(delivery), delivery, verdict)
+
+    async def _end_cancelled(
+        self, task: SlotTask, delivery: Delivery[Any], verdict: Verdict
+    ) -> None:
+        """Use up the cancellation of a call, unless everything is being torn down around us."""
+        if task.torn_down:
+            self._settler.settle(self.holding.of(delivery), delivery, verdict)
+            raise asyncio.CancelledError
         await absorb_cancellation(task)
 
-    async def _tell_on_dead(self, slot: Slot, delivery: Delivery[Any], verdict: DeadLetter) -> None:
-        """Call on_dead, in the slot, so that what it publishes is marked as caused by this."""
-        if self.handler.on_dead is None:
-            return
-        told = DeadLettered(delivery, verdict.reason, verdict.error)
+    async def _tell_on_dead(self, slot: Slot, delivery: Delivery[Any], verdict: DeadLetter) -> bool:
+        """Call on_dead in the slot, so that what it publishes is marked as caused by this.
+
+        Returns False, without calling it, when another worker has the entry by now: that one
+        may be handling it well.
+        """
+        hand = self.holding.of(delivery)
+        try:
+            ours = await self.holding.still_ours(delivery)
+        except BusError:
+            ours = True  # the server is away: on_dead is at-least-once, as everything is
+        if not ours:
+            hand.held.pop(delivery.entry_id, None)
+            self.holding.tell_dropped(hand, 1)
+            return False
         slot.delivery = delivery
         slot.started_at = asyncio.get_running_loop().time()
+        told = DeadLettered(delivery, verdict.reason, verdict.error)
         failure = await self._executor.call_on_dead(slot, told, self._bus)
         slot.started_at = 0.0
         if slot.task is not None and slot.task.cancelling():
-            await self._end_cancelled(slot, delivery, verdict)
+            await self._end_cancelled(slot.task, delivery, verdict)
         if failure is not None:
             self._telemetry.emit(
                 "on_dead.failed",
@@ -314,6 +324,7 @@ class Consumer:
                 error=failure.text,
                 where=failure.where,
             )
+        return True
 
     # --- reclaimed entries: one of them may be what killed its worker
 
@@ -324,102 +335,75 @@ class Consumer:
             return
         suspect = delivery.attempt > 1  # started before, or at least not its first worker
         if suspect and self._suspect_runs:
-            self._suspects.append(delivery)  # one at a time: if it kills us, the others are cleared
+            # One at a time: if it kills us, the others are cleared.
+            self.holding.suspects.append(delivery)
             return
         self._suspect_runs = self._suspect_runs or suspect
         try:
+            started_at = asyncio.get_running_loop().time()
             if await self._count_start(delivery):
-                await self._handle(slot, delivery, asyncio.get_running_loop().time())
+                delivery.checked_at = started_at
+                await self._check_start(slot, delivery)
         finally:
             if suspect:
                 self._suspect_runs = False
-                if self._suspects:
-                    self._buffer.appendleft(self._suspects.popleft())
+                if self.holding.suspects:
+                    self.holding.buffer.appendleft(self.holding.suspects.popleft())
                     self._wake_slots(1)
+
+    async def _check_start(self, slot: Slot, delivery: Delivery[Any]) -> None:
+        """Run a delivery whose start was counted, unless we were stopped meanwhile for long."""
+        now = asyncio.get_running_loop().time()
+        if now - delivery.checked_at > self._unchecked_s:
+            self.holding.buffer.appendleft(delivery)  # as any other: asked for before it runs
+        else:
+            await self._handle(slot, delivery, now)
 
     async def _count_start(self, delivery: Delivery[Any]) -> bool:
         """Raise the delivery count of a reclaimed entry; False if it must not run here."""
-        hand = self.hands[delivery.origin.stream]
+        hand = self.holding.of(delivery)
         try:
-            mine = await self._store.start(
+            started = await self._store.start(
                 hand.stream, self.group, self.name, delivery.entry_id, delivery.attempt + 1
             )
         except BusError as error:
             self._outcome_unknown(error)  # not started: recovered with the rest
-            mine = False
-        else:
-            if not mine:
-                self._tell_dropped(hand, 1)
-        if mine:
+            hand.held.pop(delivery.entry_id, None)
+            return False
+        if started is Started.YES:
             delivery.reclaimed = False
             delivery.attempt += 1
+            return True
+        hand.held.pop(delivery.entry_id, None)
+        if started is Started.LOST:
+            tell_lost(self._telemetry, hand, [delivery.entry_id])
         else:
-            hand.held.pop(delivery.entry_id, None)
-        return mine
+            self.holding.tell_dropped(hand, 1)
+        return False
 
     # --- ownership
-
-    async def renew(self) -> None:
-        """Renew everything in hand; drop what turns out to be another worker's by now."""
-        for hand in list(self.hands.values()):
-            for ids in chunks(list(hand.held)):
-                asked_at = asyncio.get_running_loop().time()
-                renewed = await self._store.renew(hand.stream, self.group, self.name, ids)
-                for entry_id in ids:
-                    delivery = hand.held.get(entry_id)
-                    if delivery is not None:
-                        delivery.checked_at = asked_at
-                self._drop(hand, renewed.refused)
-                if renewed.lost:
-                    self._drop(hand, renewed.lost)
-                    tell_lost(self._telemetry, hand, renewed.lost)
 
     async def _check_ownership(self) -> None:
         """Ask the server whether what lay unread for long is still ours, before any of it runs."""
         async with self._checking:
             now = asyncio.get_running_loop().time()
-            if not self._buffer or now - self._buffer[0].checked_at <= self._unchecked_s:
+            buffer = self.holding.buffer
+            if not buffer or now - buffer[0].checked_at <= self._unchecked_s:
                 return  # another slot has asked meanwhile
             try:
-                await self.renew()
+                await self.holding.renew()
             except BusError as error:
                 if isinstance(error, ReplyError) and error.code in ("NOGROUP", "WRONGTYPE"):
-                    for hand in self.hands.values():
-                        self._drop(hand, list(hand.held))
+                    for hand in list(self.hands.values()):
+                        self.holding.drop(hand, list(hand.held))
                 else:
                     await asyncio.sleep(0.1)  # the server is away; nothing may run until it says
 
-    def _drop(self, hand: Hand, ids: Sequence[bytes]) -> None:
-        """Forget deliveries that are not ours; one that runs ends with a refused verdict."""
-        gone = set(ids)
-        theirs = [
-            d for d in (*self._buffer, *self._suspects) if d.entry_id in gone and d.origin is hand
-        ]
-        if theirs:
-            self._forget(theirs)
-            self._tell_dropped(hand, len(theirs))
-
-    def _forget(self, deliveries: Sequence[Delivery[Any]]) -> None:
-        gone = set(map(id, deliveries))
-        for queue in (self._buffer, self._suspects):
-            keep = [d for d in queue if id(d) not in gone]
-            queue.clear()
-            queue.extend(keep)
-        for delivery in deliveries:
-            self.hands[delivery.origin.stream].held.pop(delivery.entry_id, None)
-
-    def _tell_dropped(self, hand: Hand, count: int) -> None:
-        self._telemetry.emit("delivery.dropped", stream=hand.stream, group=self.group, count=count)
-
     def _hand_back(self, chosen: Callable[[Delivery[Any]], bool]) -> int:
         """Hand back what has not started and was not reclaimed; return how many."""
-        back = [d for d in self._buffer if not d.reclaimed and chosen(d)]
-        held = {id(d) for d in back}
-        keep = [d for d in self._buffer if id(d) not in held]
-        self._buffer.clear()
-        self._buffer.extend(keep)
+        back = self.holding.take_out(chosen)
         for delivery in back:
-            self._settler.settle(self.hands[delivery.origin.stream], delivery, HAND_BACK)
+            self._settler.settle(self.holding.of(delivery), delivery, HAND_BACK)
         return len(back)
 
     # --- the tick
@@ -432,7 +416,11 @@ class Consumer:
                 if slot.started_at and now - max(slot.started_at, slot.cancelled_at) >= limit_s:
                     self._time_out(slot, now)
         all_busy = self._running >= self.concurrency
-        if self._buffer and all_busy and self._hand_back(lambda d: now - d.received_at > WAITED_S):
+        if (
+            self.holding.buffer
+            and all_busy
+            and self._hand_back(lambda d: now - d.received_at > WAITED_S)
+        ):
             self._rate = 0.0  # the estimate that read so far ahead was wrong
 
     def _time_out(self, slot: Slot, now: float) -> None:

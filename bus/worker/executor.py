@@ -4,6 +4,7 @@ The rules are the table in `bus/delivery.py`; this file is their only implementa
 """
 
 import asyncio
+import contextlib
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Generator
@@ -36,14 +37,16 @@ _OWN_CODE = str(Path(__file__).parent.parent)
 
 
 class SlotTask(asyncio.Task[None]):
-    """A slot's task; knows whether the code it runs cancelled it by itself."""
+    """A slot's task; knows when the whole event loop is being torn down around it."""
 
-    cancelled_itself = False
+    torn_down = False
 
     def cancel(self, msg: Any | None = None) -> bool:
         """Cancel as any task."""
-        if asyncio.current_task() is self:
-            self.cancelled_itself = True
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # asyncio.run cancels what is left when its loop no longer runs
+            self.torn_down = True
         return super().cancel(msg)
 
 
@@ -162,6 +165,7 @@ class Executor:
         """
         current_delivery.set(delivery)
         context = copy_context()
+        slot.cancel_reason = ""
         try:
             if self._handler.takes_delivery:
                 coroutine: Any = self._call(delivery.event, delivery)
@@ -172,11 +176,12 @@ class Executor:
             return ACK
         except BaseException as error:
             return self._verdict_of(error, slot, delivery)
+        rest = _Resumed(coroutine, context, waiting_for)
         try:
-            await _Resumed(coroutine, context, waiting_for)
-        except GeneratorExit:
-            raise
+            await rest
         except BaseException as error:
+            if rest.closed:
+                raise
             return self._verdict_of(error, slot, delivery)
         return ACK
 
@@ -185,14 +190,17 @@ class Executor:
         assert self._handler.on_dead is not None
         current_delivery.set(told.delivery)
         context = copy_context()
-        coroutine: Any = self._handler.on_dead(told, bus)
+        slot.cancel_reason = ""
+        rest: _Resumed | None = None
         try:
-            await _Resumed(coroutine, context, context.run(coroutine.send, None))
+            coroutine: Any = self._handler.on_dead(told, bus)
+            rest = _Resumed(coroutine, context, context.run(coroutine.send, None))
+            await rest
         except StopIteration:
             return None
-        except GeneratorExit:
-            raise
         except BaseException as error:
+            if rest is not None and rest.closed:
+                raise
             return failure_of(error, slot.cancel_reason or None)
         return None
 
@@ -207,8 +215,7 @@ class Executor:
                 return self._failed(
                     delivery, Failure("TimeoutError", f"ran longer than timeout_s = {limit}")
                 )
-            task = slot.task
-            if slot.cancel_reason or (task and task.cancelling() and not task.cancelled_itself):
+            if slot.cancel_reason or (slot.task is not None and slot.task.torn_down):
                 return HAND_BACK
             return self._failed(delivery, failure_of(error, "the handler cancelled itself"))
         return self._failed(delivery, failure_of(error))
@@ -223,18 +230,14 @@ async def absorb_cancellation(task: SlotTask) -> None:
     """Use up cancellations that belong to the call that has just ended."""
     while task.cancelling():
         task.uncancel()
-    try:
+    with contextlib.suppress(asyncio.CancelledError):
         await asyncio.sleep(0)
-    except asyncio.CancelledError:
-        if task.cancelling():  # a new one, from outside, in this very moment
-            raise
-    task.cancelled_itself = False
 
 
 class _Resumed:
     """Awaits the rest of a coroutine that has suspended once, inside its own context."""
 
-    __slots__ = ("_context", "_coroutine", "_waiting_for")
+    __slots__ = ("_context", "_coroutine", "_waiting_for", "closed")
 
     def __init__(
         self, coroutine: Coroutine[Any, Any, Any], context: Context, waiting_for: Any
@@ -242,6 +245,7 @@ class _Resumed:
         self._coroutine = coroutine
         self._context = context
         self._waiting_for = waiting_for
+        self.closed = False  # whether the awaiting slot itself was closed, not the handler's doing
 
     def __await__(self) -> Generator[Any, Any, None]:
         run, coroutine, waiting_for = self._context.run, self._coroutine, self._waiting_for
@@ -250,6 +254,7 @@ class _Resumed:
                 try:
                     value = yield waiting_for
                 except GeneratorExit:
+                    self.closed = True
                     run(coroutine.close)
                     raise
                 except BaseException as error:
@@ -267,7 +272,7 @@ def failure_of(error: BaseException, text: str | None = None) -> Failure:
     last = users[-1] if users else None
     try:
         words = str(error) if text is None else text
-    except Exception as broken:
+    except BaseException as broken:
         words = f"(its text cannot be had: {type(broken).__name__})"
     printed = "".join(traceback.format_list(users)) + f"{type(error).__name__}: {words}"
     return Failure(

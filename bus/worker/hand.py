@@ -1,12 +1,18 @@
-"""What a worker holds of one stream for one group, from delivery until the verdict is applied."""
+"""What a worker holds, from delivery until the verdict is applied, and whether it is still its own.
 
-from collections.abc import Iterable, Sequence
+A `Hand` is what is held of one stream for one group; `Holding` is all of a consumer's.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bus.config import VERDICTS_PER_CALL
 from bus.delivery import DeadLetter, Delivery, HandBack, Origin, Park
 from bus.streams.codec import locate
+from bus.streams.stream import RawEntry, StreamStore, Taken
 from bus.telemetry import Telemetry
 
 
@@ -37,6 +43,125 @@ class Hand(Origin):
     def has_verdicts(self) -> bool:
         """Whether anything waits to be brought to the server."""
         return bool(self.acks or self.parks or self.dead)
+
+
+class Holding:
+    """Everything a consumer has in hand; the part that waits is in `buffer` and `suspects`.
+
+    buffer: what the slots take next. suspects: reclaimed entries that wait until another of them
+    has run, since one of them may be what killed its worker.
+    """
+
+    def __init__(self, store: StreamStore, group: str, consumer: str, telemetry: Telemetry) -> None:
+        self._store = store
+        self._group = group
+        self._consumer = consumer
+        self._telemetry = telemetry
+        self.hands: dict[str, Hand] = {}
+        self.buffer: deque[Delivery[Any]] = deque()
+        self.suspects: deque[Delivery[Any]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        """How many deliveries wait to be started."""
+        return len(self.buffer) + len(self.suspects)
+
+    @property
+    def held(self) -> int:
+        """How many deliveries are held with their bodies."""
+        return sum(len(h.held) for h in self.hands.values())
+
+    def of(self, delivery: Delivery[Any]) -> Hand:
+        """Return the hand a delivery is in."""
+        return self.hands[delivery.origin.stream]
+
+    # --- coming in
+
+    def add_new(self, hand: Hand, entries: Sequence[RawEntry], sent_at: float, now: float) -> None:
+        """Put entries read for the first time behind what is there.
+
+        They are dated by when the read was sent: a process that was stopped meanwhile finds
+        replies that are long stale.
+        """
+        held, append = hand.held, self.buffer.append
+        for entry_id, fields in entries:
+            delivery: Delivery[Any] = Delivery(hand, entry_id, fields, 1, sent_at, now)
+            # An id that is held already comes again when its group was lost and made again: it
+            # runs, and its verdict will settle it.
+            if held.setdefault(entry_id, delivery) is delivery:
+                append(delivery)
+
+    def add_taken(self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool) -> int:
+        """Put entries moved here by a script sent at `asked_at` first; return how many."""
+        now = asyncio.get_running_loop().time()
+        known = set(hand.known)
+        fresh = [e for e in taken.entries if e[0] not in known]
+        for entry_id, count, fields in reversed(fresh):
+            delivery: Delivery[Any] = Delivery(hand, entry_id, fields, count, asked_at, now)
+            delivery.reclaimed = reclaimed
+            hand.held[entry_id] = delivery
+            self.buffer.appendleft(delivery)
+        if taken.lost:
+            tell_lost(self._telemetry, hand, taken.lost)
+        return len(fresh)
+
+    # --- still ours?
+
+    async def renew(self) -> None:
+        """Renew everything in hand; drop what turns out to be another worker's by now."""
+        for hand in list(self.hands.values()):
+            for ids in chunks(list(hand.held)):
+                await self._renew(hand, ids)
+
+    async def _renew(self, hand: Hand, ids: Sequence[bytes]) -> None:
+        asked_at = asyncio.get_running_loop().time()
+        renewed = await self._store.renew(hand.stream, self._group, self._consumer, ids)
+        for entry_id in ids:
+            delivery = hand.held.get(entry_id)
+            if delivery is not None:
+                delivery.checked_at = asked_at
+        self.drop(hand, renewed.refused)
+        if renewed.lost:
+            self.drop(hand, renewed.lost)
+            tell_lost(self._telemetry, hand, renewed.lost)
+
+    async def still_ours(self, delivery: Delivery[Any]) -> bool:
+        """Ask the server whether a delivery is still this worker's. One `renew` of one id."""
+        hand = self.of(delivery)
+        ids = [delivery.entry_id]
+        renewed = await self._store.renew(hand.stream, self._group, self._consumer, ids)
+        return not renewed.refused
+
+    def drop(self, hand: Hand, ids: Sequence[bytes]) -> None:
+        """Forget what waits and is not ours; what runs ends with a verdict that is refused."""
+        gone = set(ids)
+        waiting = (*self.buffer, *self.suspects)
+        theirs = [d for d in waiting if d.entry_id in gone and d.origin is hand]
+        if theirs:
+            self.forget(theirs)
+            self.tell_dropped(hand, len(theirs))
+
+    def forget(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        """Take deliveries out of the hand without a verdict."""
+        gone = set(map(id, deliveries))
+        for queue in (self.buffer, self.suspects):
+            keep = [d for d in queue if id(d) not in gone]
+            queue.clear()
+            queue.extend(keep)
+        for delivery in deliveries:
+            self.of(delivery).held.pop(delivery.entry_id, None)
+
+    def take_out(self, chosen: Callable[[Delivery[Any]], bool]) -> list[Delivery[Any]]:
+        """Take what has not started out of the buffer, to be handed back; reclaimed ones stay."""
+        out = [d for d in self.buffer if not d.reclaimed and chosen(d)]
+        keep = [d for d in self.buffer if d.reclaimed or not chosen(d)]
+        self.buffer.clear()
+        self.buffer.extend(keep)
+        return out
+
+    def tell_dropped(self, hand: Hand, count: int) -> None:
+        """Tell that deliveries are another worker's and were not run."""
+        self._telemetry.emit("delivery.dropped", stream=hand.stream, group=self._group, count=count)
 
 
 def names_of(delivery: Delivery[Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from bus.streams.stream import RawEntry, StreamStore, Taken
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand
 
+_STOP_PATIENCE_S = 1.0  # beyond BLOCK, for a server that does not answer
+
 
 class Basket(Protocol):
     """Where what was read goes: the consumer."""
@@ -28,8 +30,8 @@ class Basket(Protocol):
     def deliver_new(self, hand: Hand, entries: list[RawEntry], sent_at: float) -> None:
         """Take entries read for the first time by a read sent at loop time `sent_at`."""
 
-    def deliver(self, hand: Hand, taken: Taken) -> int:
-        """Take entries moved here by a script."""
+    def deliver(self, hand: Hand, taken: Taken, asked_at: float) -> int:
+        """Take entries moved here by a script sent at loop time `asked_at`."""
 
 
 class Intake:
@@ -57,6 +59,8 @@ class Intake:
         self._entry_bytes = 512.0  # running mean
         self._stopping = asyncio.Event()
         self._room: asyncio.Future[None] | None = None
+        self._cursor = 0  # where the next look at a few streams begins
+        self._found_nothing = 0  # streams that had nothing, since one had
         self.unseen = False  # the server may have delivered what we never saw
         self.broken: set[str] = set()  # streams whose key holds something else
 
@@ -76,12 +80,27 @@ class Intake:
         CLIENT UNBLOCK ends a blocked read at once; it is repeated because the read may still
         have been on its way. Where the access list forbids it, the read ends by its BLOCK.
         """
+        self.quit()
+        loop = asyncio.get_running_loop()
+        patience_ends = loop.time() + self._block_ms / 1000 + _STOP_PATIENCE_S
+        while not task.done():
+            self.look_again()
+            unblocking = asyncio.ensure_future(self._reader.unblock())
+            await asyncio.wait([task, unblocking], timeout=0.05)
+            unblocking.cancel()
+            with contextlib.suppress(BusError, asyncio.CancelledError):
+                await unblocking  # a broken server ends the read as well
+            await asyncio.wait([task], timeout=0.05)
+            if loop.time() > patience_ends:
+                # The server does not answer. What the read may still bring is left to our lease.
+                await self._reader.close()
+                task.cancel()
+                await asyncio.wait([task])
+
+    def quit(self) -> None:
+        """Read no more, from the next turn on."""
         self._stopping.set()
         self.look_again()
-        while not task.done():
-            with contextlib.suppress(BusError):  # a broken server ends the read as well
-                await self._reader.unblock()
-            await asyncio.wait([task], timeout=0.05)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -97,24 +116,30 @@ class Intake:
 
     async def _read(self) -> None:
         if self.unseen:
-            await self._recover()
+            try:
+                await self._recover()
+            except BusError:
+                self.unseen = True
+                raise
         streams = [s for s in self._hands if s not in self.broken]
         count = self._basket.wanted()
+        if self._stopping.is_set():
+            return
         if count <= 0 or not streams:
             self._room = asyncio.get_running_loop().create_future()
             await self._room
             self._room = None
             return
-        per_stream = -(-count // len(streams))
+        block_ms = self._block_ms
+        if count < len(streams) and self._found_nothing < len(streams):
+            streams, block_ms = self._next_few(streams, count), 0
         by_bytes = int(READ_BYTES / self._entry_bytes / len(streams)) or 1
+        per_stream = min(-(-count // len(streams)), by_bytes, READ_COUNT)
         sent_at = asyncio.get_running_loop().time()
         replies = await self._reader.read(
-            self._group,
-            self._consumer,
-            streams,
-            min(per_stream, by_bytes, READ_COUNT),
-            self._block_ms,
+            self._group, self._consumer, streams, per_stream, block_ms
         )
+        self._found_nothing = 0 if replies else self._found_nothing + len(streams)
         total = 0
         for stream, entries in replies:
             total += len(entries)
@@ -124,6 +149,16 @@ class Intake:
             self._entry_bytes += (size - self._entry_bytes) * 0.2
         if total:
             self._telemetry.emit("read.received", group=self._group, count=total)
+
+    def _next_few(self, streams: list[str], count: int) -> list[str]:
+        """Return the next `count` streams in turn, to be looked at without blocking.
+
+        COUNT holds per stream and is at least 1: with fewer slots than streams a read of all
+        would bring more than can start. Only when all were empty is one blocked on all of them.
+        """
+        start = self._cursor % len(streams)
+        self._cursor = start + count
+        return (streams + streams)[start : start + count]
 
     async def _read_after(self, error: BusError) -> None:
         """Mend what broke and read again, with growing pauses, until it works or we stop."""
@@ -171,7 +206,7 @@ class Intake:
 
     async def find_broken(self) -> None:
         """Leave out streams whose key holds another type, take up those that are mended. TYPE."""
-        for stream in self._hands:
+        for stream in list(self._hands):
             kind = await self._store.type_of(stream)
             if kind not in (b"stream", b"none"):
                 if stream not in self.broken:
@@ -189,21 +224,22 @@ class Intake:
 
     async def _recover(self) -> None:
         """Take up what was delivered to us in replies that never arrived."""
-        for stream, hand in self._hands.items():
+        self.unseen = False  # what fails from here on sets it again
+        for stream, hand in list(self._hands.items()):
             if stream in self.broken:
                 continue
             more = True
             while more:
+                asked_at = asyncio.get_running_loop().time()
                 taken = await self._store.recover(
                     stream, self._group, self._consumer, READ_COUNT, hand.known
                 )
                 more = len(taken.entries) + len(taken.lost) >= READ_COUNT
-                count = self._basket.deliver(hand, taken)
+                count = self._basket.deliver(hand, taken, asked_at)
                 if count:
                     self._telemetry.emit(
                         "delivery.recovered", stream=stream, group=self._group, count=count
                     )
-        self.unseen = False
 
     async def _pause(self, delay_s: float) -> None:
         await pause(self._stopping, delay_s)

@@ -1,6 +1,6 @@
 """Slow chores: dead workers are forgotten, mended streams read again, unserved groups named."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from bus.errors import BusError
 from bus.streams.keys import lane_due_ms
@@ -18,18 +18,15 @@ class Janitor:
         name: str,
         consumers: Sequence[Consumer],
         telemetry: Telemetry,
-        refresh: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
         self._name = name.encode()
         self._consumers = consumers
         self._telemetry = telemetry
-        self._refresh = refresh
 
     async def tidy(self) -> None:
         """Do all chores once. Errors are told and left for the next time."""
         try:
-            await self._refresh()
             for consumer in self._consumers:
                 if consumer.intake.broken:
                     await consumer.intake.find_broken()
@@ -61,19 +58,24 @@ class Janitor:
                         continue
                     if consumer.pending:
                         left = True
-                    elif await self._store.forget_consumer(stream, group, name.decode()):
+                    elif await self._store.forget_consumer(stream, group, name):
                         self._telemetry.emit(
                             "consumer.forgotten",
                             stream=stream,
-                            group=group,
+                            group=shown(group),
                             consumer=name.decode(errors="replace"),
                         )
             if not left and name != self._name:
-                await self._store.unlist_worker(stream, name.decode())
+                await self._store.unlist_worker(stream, name)
 
     async def name_unserved(self) -> None:
         """Tell of every group of our streams that no live worker serves: it holds entries back."""
         for stream in sorted({s for c in self._consumers for s in c.hands}):
             served = await self._store.served_groups(stream)
             for group in sorted(set(await self._store.groups_of(stream)) - served):
-                self._telemetry.emit("group.unserved", stream=stream, group=group)
+                self._telemetry.emit("group.unserved", stream=stream, group=shown(group))
+
+
+def shown(name: str) -> str:
+    """Return a name that others gave, fit to be logged."""
+    return name.encode("utf-8", "surrogateescape").decode(errors="replace")

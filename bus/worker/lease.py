@@ -11,6 +11,8 @@ from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.consumer import Consumer
 
+_AGAIN_S = 0.5
+
 
 class Lease:
     """The lease keys of one process, one per stream, and the renewal of its deliveries.
@@ -33,6 +35,8 @@ class Lease:
         self._telemetry = telemetry
         self._lease_ms = int(lease_s * 1000)
         self._renewed_at: dict[str, float] = {}
+        self._gap = False  # whether the last beat failed
+        self._kept_since = float("-inf")  # loop time since which none has failed
         shortest_s = min([c.handler.visibility_s for c in consumers], default=lease_s)
         # A third of whichever ends first: two beats may be lost.
         self.interval_s = min(lease_s, shortest_s) / 3
@@ -42,21 +46,47 @@ class Lease:
         """All streams this process serves."""
         return sorted({s for c in self._consumers for s in c.hands})
 
+    async def run(self) -> None:
+        """Beat for ever; after a beat that failed, soon again, before others sweep."""
+        while True:
+            await asyncio.sleep(_AGAIN_S if self._gap else self.interval_s)
+            await self.beat()
+
     async def beat(self) -> None:
-        """Set the leases, and renew the deliveries whose time has come. Two writes at most."""
-        groups = [c.group for c in self._consumers]
+        """Set the leases, and renew the deliveries whose time has come; each is tried alone."""
+        loop = asyncio.get_running_loop()
         try:
+            groups = [c.group for c in self._consumers]
             await self._store.keep_leases(self.streams, self._name, groups, self._lease_ms)
-            now = asyncio.get_running_loop().time()
-            for consumer in self._consumers:
-                due = self._renewed_at.get(consumer.group, 0.0) + consumer.handler.visibility_s / 3
-                if now + self.interval_s / 2 >= due:
-                    self._renewed_at[consumer.group] = now
-                    await consumer.renew()
+            if self._gap:
+                self._gap, self._kept_since = False, loop.time()
         except BusError as error:
-            self._telemetry.emit(
-                "read.failed", group="*", error_type=type(error).__name__, error=str(error)
-            )
+            self._gap = True
+            self._tell(error)
+        for consumer in self._consumers:
+            due = self._renewed_at.get(consumer.group, 0.0) + consumer.handler.visibility_s / 3
+            if loop.time() + self.interval_s / 2 < due:
+                continue
+            self._renewed_at[consumer.group] = loop.time()
+            try:
+                await consumer.holding.renew()
+            except BusError as error:
+                self._tell(error)
+                break
+
+    def others_can_be_judged(self) -> bool:
+        """Whether a worker without a lease is dead.
+
+        After an outage that outlived the leases all of them are missing at first, ours was too:
+        the others get as long as a lease lasts to set theirs again.
+        """
+        now = asyncio.get_running_loop().time()
+        return not self._gap and now - self._kept_since >= self._lease_ms / 1000
+
+    def _tell(self, error: BusError) -> None:
+        self._telemetry.emit(
+            "lease.failed", worker=self._name, error_type=type(error).__name__, error=str(error)
+        )
 
     async def end(self) -> None:
         """Give the leases up, so that nobody has to wait for them to run out."""

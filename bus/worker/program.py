@@ -42,7 +42,22 @@ class Options:
         checked_number(self.processes, "processes", 1, 1_000, whole=True)
 
 
-async def serve(bus: WorkersBus, options: Options) -> int:
+def check_declarations(bus: WorkersBus, options: Options) -> None:
+    """Collect the handlers as a worker would, and start nothing. Errors: DeclarationError."""
+    _worker(bus, options)
+
+
+def _worker(bus: WorkersBus, options: Options) -> Worker:
+    return Worker(
+        bus,
+        Registry.collect(options.handlers),
+        only=options.only,
+        concurrency=options.concurrency,
+        grace_s=options.grace_s,
+    )
+
+
+async def serve(bus: WorkersBus, options: Options) -> int:  # noqa: C901 - one life, told once
     """Run a worker until SIGTERM or SIGINT has drained it; return the exit code.
 
     A second signal ends the process at once with 130; the leases do the rest.
@@ -63,15 +78,15 @@ async def serve(bus: WorkersBus, options: Options) -> int:
         loop.add_signal_handler(number, on_signal, number.name)
     orphaned = asyncio.create_task(_orphaned())
     try:
-        registry = Registry.collect(options.handlers)
-        worker = Worker(
-            bus,
-            registry,
-            only=options.only,
-            concurrency=options.concurrency,
-            grace_s=options.grace_s,
-        )
-        await worker.start()
+        worker = _worker(bus, options)
+        starting = asyncio.create_task(worker.start())
+        either: set[asyncio.Future[Any]] = {starting, asked}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():  # a signal while it starts: nothing has been read
+            starting.cancel()
+            await asyncio.wait({starting})
+            return DRAINED
+        await starting
         broke = asyncio.create_task(worker.wait())
         ends: set[asyncio.Future[Any]] = {asked, broke, orphaned}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

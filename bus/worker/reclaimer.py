@@ -2,12 +2,12 @@
 
 Once a second one process per stream and set of groups looks (a lease that lasts two seconds and
 is not renewed, so turns pass round), and only one with a free slot. What it takes goes to its own
-slots; what it has no room for stays for the next.
+slots; what it has no room for stays for the next sweep, which begins where this one ended.
 """
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from bus.config import SWEEP_LEASE_MS, SWEEP_S
@@ -30,9 +30,18 @@ class Plan:
     owners: tuple[tuple[bytes, int], ...]
 
 
-def plan(survey: Survey, group: str, me: bytes, visibility_ms: int, *, look_at_idle: bool) -> Plan:
+def plan(
+    survey: Survey,
+    group: str,
+    me: bytes,
+    visibility_ms: int,
+    *,
+    look_at_idle: bool,
+    judge_leases: bool = True,
+) -> Plan:
     """Decide what to take. Liveness is the lease; idle time only judges single entries.
 
+    judge_leases: whether a missing lease means a dead worker; see `Lease.others_can_be_judged`.
     look_at_idle: also ask workers that are alive, or that keep no lease (other languages), for
     entries that nobody renewed for `visibility_ms`. XINFO's idle times of consumers are not
     used: they mean different things before and after 7.2.
@@ -43,68 +52,110 @@ def plan(survey: Survey, group: str, me: bytes, visibility_ms: int, *, look_at_i
         due_ms = lane_due_ms(consumer.name)
         if due_ms is not None:
             if due_ms <= survey.now_ms:
-                lanes.append((due_ms, consumer.name))
+                # What was handed back (lane 0) is as old as a second: it must not starve retries.
+                lanes.append((due_ms or survey.now_ms - 1000, consumer.name))
         elif consumer.pending == 0:
             continue
         elif consumer.name in survey.listed - survey.alive and consumer.name != me:
-            owners.append((consumer.name, 0))
+            if judge_leases:
+                owners.append((consumer.name, 0))
         elif look_at_idle:
             owners.append((consumer.name, visibility_ms))
     return Plan(tuple(name for _, name in sorted(lanes)), tuple(owners))
 
 
 class Reclaimer:
-    """Sweeps the streams of one process for all its consumers."""
+    """Sweeps the streams of one process for all its consumers.
+
+    can_judge: whether missing leases may be taken for death now.
+    """
 
     def __init__(
-        self, store: StreamStore, name: str, consumers: Sequence[Consumer], telemetry: Telemetry
+        self,
+        store: StreamStore,
+        name: str,
+        consumers: Sequence[Consumer],
+        telemetry: Telemetry,
+        can_judge: Callable[[], bool],
     ) -> None:
         self._store = store
         self._name = name
         self._consumers = consumers
         self._telemetry = telemetry
+        self._can_judge = can_judge
         self._turns: dict[str, float] = {}  # stream -> loop time until which the turn is ours
         self._idle_looked_at: dict[tuple[str, str], float] = {}
-        self._turn_given = asyncio.Event()
+        self._cursor = ""  # the stream at which the last sweep ran out of room
+        self._owners_first = False
+        self._asked: set[Consumer] = set()  # those to sweep for before the next second
+        self._wake = asyncio.Event()
+        self._stopping = False
         for consumer in consumers:
-            consumer.turn_given = self._turn_given.set
+            consumer.turn_given = self._sweep_soon
+
+    def _sweep_soon(self, consumer: Consumer) -> None:
+        self._asked.add(consumer)
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Take nothing more; `run` ends after the sweep that is under way."""
+        self._stopping = True
+        self._wake.set()
 
     async def run(self) -> None:
-        """Sweep once a second, when a full consumer gives a slot, and while there is more."""
-        while True:
+        """Sweep once a second for all; in between for those that gave a slot, or have more."""
+        loop = asyncio.get_running_loop()
+        next_tick = loop.time()
+        while not self._stopping:
             try:
-                async with asyncio.timeout(SWEEP_S * random.uniform(0.8, 1.0)):  # noqa: S311
-                    await self._turn_given.wait()
+                async with asyncio.timeout_at(next_tick):
+                    await self._wake.wait()
             except TimeoutError:
                 pass
-            self._turn_given.clear()
-            try:
-                await self.sweep()
-            except BusError as error:
-                for consumer in self._consumers:
-                    # What a script may have moved here unseen is recovered before the next read.
-                    consumer.intake.unseen = True
-                self._telemetry.emit(
-                    "read.failed",
-                    group="*",
-                    error_type=type(error).__name__,
-                    error=str(error),
-                )
+            self._wake.clear()
+            asked, self._asked = self._asked, set()
+            if loop.time() >= next_tick:
+                next_tick = loop.time() + SWEEP_S * random.uniform(0.8, 1.0)  # noqa: S311
+                asked = set(self._consumers)
+            if asked and not self._stopping:
+                await self._try_sweep([c for c in self._consumers if c in asked])
 
-    async def sweep(self) -> None:
-        """Look once at the streams whose turn is ours, for consumers that have room."""
-        room = {c: n for c in self._consumers if (n := c.reserve())}
+    async def _try_sweep(self, consumers: Sequence[Consumer]) -> None:
+        try:
+            await self.sweep(consumers)
+        except BusError as error:
+            for consumer in consumers:
+                # What a script may have moved here unseen is recovered before the next read.
+                consumer.intake.unseen = True
+            self._telemetry.emit(
+                "sweep.failed",
+                worker=self._name,
+                error_type=type(error).__name__,
+                error=str(error),
+            )
+
+    async def sweep(self, consumers: Sequence[Consumer]) -> None:
+        """Look once at the streams whose turn is ours, for those `consumers` that have room."""
+        room = {c: n for c in consumers if (n := c.reserve())}
         try:
             by_stream: dict[str, list[Consumer]] = {}
             for consumer in room:
                 for stream in consumer.hands:
                     if stream not in consumer.intake.broken:
                         by_stream.setdefault(stream, []).append(consumer)
-            for stream in await self._take_turns(list(by_stream)):
-                await self._sweep_stream(stream, by_stream[stream], room)
+            ours = sorted(await self._take_turns(list(by_stream)))
+            for stream in self._from_cursor(ours):
+                with_room = [c for c in by_stream[stream] if room[c] > 0]
+                if with_room:
+                    await self._sweep_stream(stream, with_room, room)
         finally:
             for consumer in room:
                 consumer.release()
+
+    def _from_cursor(self, streams: Sequence[str]) -> Iterable[str]:
+        """Begin behind the stream at which the room ran out: every stream gets its turn."""
+        later = [s for s in streams if s > self._cursor]
+        return [*later, *(s for s in streams if s <= self._cursor)]
 
     async def _take_turns(self, streams: Sequence[str]) -> list[str]:
         now = asyncio.get_running_loop().time()
@@ -129,7 +180,7 @@ class Reclaimer:
         now = asyncio.get_running_loop().time()
         for consumer in consumers:
             visibility_s = consumer.handler.visibility_s
-            looked_at = self._idle_looked_at.get((stream, consumer.group), 0.0)
+            looked_at = self._idle_looked_at.get((stream, consumer.group), float("-inf"))
             look_at_idle = now - looked_at >= max(SWEEP_S / 2, visibility_s / 3)
             todo = plan(
                 survey,
@@ -137,33 +188,55 @@ class Reclaimer:
                 self._name.encode(),
                 int(visibility_s * 1000),
                 look_at_idle=look_at_idle,
+                judge_leases=self._can_judge(),
             )
-            if room[consumer] > 0:
-                room[consumer] = await self._take(
-                    consumer, consumer.hands[stream], todo, room[consumer]
-                )
-                if look_at_idle and room[consumer] > 0:  # else there may be more: look again
-                    self._idle_looked_at[stream, consumer.group] = now
+            left = await self._take(consumer, consumer.hands[stream], todo, room[consumer])
+            room[consumer] = left
+            if left <= 0:  # it took all it had room for: there is probably more
+                self._cursor = stream
+                self._sweep_soon(consumer)
+            elif look_at_idle:
+                self._idle_looked_at[stream, consumer.group] = now
 
     async def _take(self, consumer: Consumer, hand: Hand, todo: Plan, room: int) -> int:
-        """Take what `todo` says, at most `room` entries; return the room that is left."""
-        if todo.lanes:
-            taken = await self._store.take_due(
-                hand.stream, consumer.group, self._name, room, todo.lanes
+        """Take what `todo` says, at most `room` entries; return the room that is left.
+
+        Where there are both, lanes and dead workers share the room, and take turns at being first.
+        """
+        self._owners_first = not self._owners_first
+        if todo.lanes and todo.owners:
+            first = -(-room // 2)
+            if self._owners_first:
+                room -= first - await self._take_orphans(consumer, hand, todo, first)
+                return await self._take_lanes(consumer, hand, todo, room)
+            room -= first - await self._take_lanes(consumer, hand, todo, first)
+            return await self._take_orphans(consumer, hand, todo, room)
+        room = await self._take_lanes(consumer, hand, todo, room)
+        return await self._take_orphans(consumer, hand, todo, room)
+
+    async def _take_lanes(self, consumer: Consumer, hand: Hand, todo: Plan, room: int) -> int:
+        if not todo.lanes or room <= 0:
+            return room
+        asked_at = asyncio.get_running_loop().time()
+        taken = await self._store.take_due(
+            hand.stream, consumer.group, self._name, room, todo.lanes
+        )
+        count = consumer.deliver(hand, taken, asked_at)
+        if count:
+            self._telemetry.emit(
+                "delivery.taken", stream=hand.stream, group=consumer.group, count=count
             )
-            count = consumer.deliver(hand, taken)
-            room -= count
-            if count:
-                self._telemetry.emit(
-                    "delivery.taken", stream=hand.stream, group=consumer.group, count=count
-                )
+        return room - count
+
+    async def _take_orphans(self, consumer: Consumer, hand: Hand, todo: Plan, room: int) -> int:
         for owner, least_idle_ms in todo.owners:
             if room <= 0:
                 break
+            asked_at = asyncio.get_running_loop().time()
             taken = await self._store.reclaim(
                 hand.stream, consumer.group, self._name, owner, room, least_idle_ms
             )
-            count = consumer.deliver(hand, taken, reclaimed=True)
+            count = consumer.deliver(hand, taken, asked_at, reclaimed=True)
             room -= count
             if count:
                 self._telemetry.emit(
@@ -173,6 +246,4 @@ class Reclaimer:
                     count=count,
                     owner=owner.decode(errors="replace"),
                 )
-        if room <= 0:  # it took all it had room for: there is probably more
-            self._turn_given.set()
         return room

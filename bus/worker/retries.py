@@ -17,7 +17,8 @@ from bus.worker.hand import Hand
 class PromptRetries:
     """The timers of one consumer.
 
-    free: how many slots are free now. deliver: takes (hand, taken), returns how many it took.
+    free: how many slots are free now. deliver: takes (hand, taken, loop time of asking), returns
+        how many it took.
     failed: told when the outcome of a take is unknown, so that it is recovered.
     """
 
@@ -27,7 +28,7 @@ class PromptRetries:
         consumer: str,
         telemetry: Telemetry,
         free: Callable[[], int],
-        deliver: Callable[[Hand, Taken], int],
+        deliver: Callable[[Hand, Taken, float], int],
         failed: Callable[[BusError], None],
     ) -> None:
         self._store = store
@@ -75,6 +76,7 @@ class PromptRetries:
                 due = due[: self._free()]
                 for hand in {id(h): h for h, _, _ in due}.values():
                     entries = [(lane, i) for h, lane, i in due if h is hand]
+                    asked_at = asyncio.get_running_loop().time()
                     taken = await self._store.take_parked(
                         hand.stream, hand.group, self._consumer, entries
                     )
@@ -82,7 +84,7 @@ class PromptRetries:
                         "delivery.taken",
                         stream=hand.stream,
                         group=hand.group,
-                        count=self._deliver(hand, taken),
+                        count=self._deliver(hand, taken, asked_at),
                     )
         except BusError as error:
             self._failed(error)

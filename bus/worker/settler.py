@@ -12,7 +12,7 @@ import msgspec
 from bus.config import READ_COUNT
 from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
-from bus.streams.connection import Arg
+from bus.streams.connection import Arg, ConnectionLost
 from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
@@ -22,6 +22,20 @@ BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before
 _MOST_VALUES = 2_000  # field names and values of one entry
 _BODIES_PER_CALL = 50  # dead letters carry their bodies
 Parked = Callable[[Hand, bytes, bytes, float], None]
+
+
+class _Pause:
+    """The growing pause after failures of one kind of verdict."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.until = 0.0  # loop time
+
+    def after(self, *, ok: bool) -> None:
+        self.failures = 0 if ok else self.failures + 1
+        if not ok:
+            pause_s = min(0.01 * 2 ** min(self.failures, 10), 2.0)
+            self.until = asyncio.get_running_loop().time() + pause_s
 
 
 class Settler:
@@ -43,8 +57,9 @@ class Settler:
         self._parked = parked  # told (hand, lane, entry id, delay_s) of each entry that will be due
         self._relieved = relieved  # told when verdicts have gone, so that reading may go on
         self._wanted: asyncio.Future[None] | None = None
+        self._acks_pause, self._others_pause = _Pause(), _Pause()
+        self._doubtful: set[tuple[str, bytes]] = set()  # sent, and the reply was lost
         self._applying = False
-        self._letters_pass = True
         self._closing = False
 
     @property
@@ -55,7 +70,11 @@ class Settler:
     @property
     def is_behind(self) -> bool:
         """Whether so many verdicts wait that nothing more should be read for now."""
-        return any(len(h.acks) + len(h.acking) > BEHIND for h in self._hands.values())
+        hands = self._hands.values()
+        return any(
+            len(h.acks) + len(h.acking) > BEHIND or len(h.parks) + len(h.dead) > READ_COUNT
+            for h in hands
+        )
 
     def ack(self, delivery: Delivery[Any]) -> None:
         """Take the commonest verdict."""
@@ -63,8 +82,7 @@ class Settler:
         hand: Hand = delivery.origin  # type: ignore[assignment] # deliveries of a worker have one
         hand.held.pop(delivery.entry_id, None)
         hand.acks.append(delivery.entry_id)
-        if self._wanted is not None and not self._wanted.done():
-            self._wanted.set_result(None)
+        self._wake()
 
     def settle(self, hand: Hand, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Take a verdict."""
@@ -77,63 +95,88 @@ class Settler:
             hand.dead.append((delivery, verdict))
         else:
             hand.parks.append((delivery, verdict))
-        if self._wanted is not None and not self._wanted.done():
-            self._wanted.set_result(None)
+        self._wake()
 
     async def run(self) -> None:
         """Apply verdicts until closed and empty."""
         loop = asyncio.get_running_loop()
-        failures = 0
         while self.has_work or not self._closing:
-            if not self.has_work:
-                self._wanted = loop.create_future()
-                await self._wanted
-                self._wanted = None
+            ready = [h for h in self._hands.values() if self._is_ready(h, loop.time())]
+            if not ready:
+                await self._wait(loop.time())
                 continue
             self._applying = True
             try:
-                busy = [h for h in self._hands.values() if h.has_verdicts]
-                done = await asyncio.gather(*(self._apply(h) for h in busy))
+                done = await asyncio.gather(*(self._apply(h) for h in ready))
             finally:
                 self._applying = False
             self._relieved()
-            failures = 0 if all(done) else failures + 1
-            if failures:
-                if self._closing:
-                    return
-                await asyncio.sleep(min(0.01 * 2**failures, 2.0))
+            if not all(done) and self._closing:
+                return
+
+    def _is_ready(self, hand: Hand, now: float) -> bool:
+        acks = bool(hand.acks) and now >= self._acks_pause.until
+        return acks or (bool(hand.parks or hand.dead) and now >= self._others_pause.until)
+
+    async def _wait(self, now: float) -> None:
+        """Wait for a verdict, or for the end of a pause if there are verdicts already."""
+        self._wanted = asyncio.get_running_loop().create_future()
+        pauses = (self._acks_pause.until, self._others_pause.until)
+        timeout_s = None
+        if self.has_work:
+            timeout_s = max(0.001, min((p - now for p in pauses if p > now), default=0.001))
+        await asyncio.wait([self._wanted], timeout=timeout_s)
+        self._wanted = None
 
     def close(self) -> None:
         """Let `run` end once everything has been tried."""
         self._closing = True
+        self._wake()
+
+    def _wake(self) -> None:
         if self._wanted is not None and not self._wanted.done():
             self._wanted.set_result(None)
 
     async def _apply(self, hand: Hand) -> bool:
-        """Bring the verdicts of one stream to the server; False if some are to be tried again."""
+        """Bring the verdicts of one stream to the server; False if some are to be tried again.
+
+        Acks have a pause of their own after a failure: a dead letter that the server refuses
+        must not hold them up.
+        """
+        now = asyncio.get_running_loop().time()
+        acked = now < self._acks_pause.until or await self._apply_acks(hand)
+        others = now < self._others_pause.until or await self._apply_others(hand)
+        return acked and others
+
+    async def _apply_acks(self, hand: Hand) -> bool:
         hand.acking, skipped, hand.acks, hand.skipped = hand.acks, hand.skipped, [], 0
+        failed: list[bytes] = []
+        for ids in chunks(hand.acking):
+            if not await self._attempt(hand, ids, self._ack(hand, ids)):
+                failed += ids
+        hand.acking = []
+        hand.acks += failed
+        if skipped:
+            self._emit("delivery.skipped", hand, count=skipped)
+        self._acks_pause.after(ok=not failed)
+        return not failed
+
+    async def _apply_others(self, hand: Hand) -> bool:
         parks, hand.parks = hand.parks, []
         dead, hand.dead = hand.dead, []
         ok = True
-        for ids in chunks(hand.acking):
-            if not await self._attempt(hand, ids, self._ack(hand, ids)):
-                hand.acks += ids
-                ok = False
-        hand.acking = []
-        if skipped:
-            self._emit("delivery.skipped", hand, count=skipped)
         for part in chunks(parks):
             ids = [d.entry_id for d, _ in part]
             if not await self._attempt(hand, ids, self._park(hand, part)):
                 hand.parks += part
                 ok = False
-        for letters in chunks(dead, _BODIES_PER_CALL if self._letters_pass else 1):
+        # Should the server refuse one letter for what it is, the next round sends them singly.
+        for letters in chunks(dead, 1 if self._others_pause.failures else _BODIES_PER_CALL):
             ids = [d.entry_id for d, _ in letters]
             if not await self._attempt(hand, ids, self._dead_letter(hand, letters)):
                 hand.dead += letters
                 ok = False
-        # Should the server refuse one for what it is, it must not hold up the others.
-        self._letters_pass = not hand.dead
+        self._others_pause.after(ok=ok)
         return ok
 
     async def _attempt(self, hand: Hand, ids: Sequence[bytes], apply: Awaitable[None]) -> bool:
@@ -141,25 +184,49 @@ class Settler:
         try:
             await apply
         except BusError as error:
-            if isinstance(error, ReplyError) and error.code in ("NOGROUP", "WRONGTYPE"):
-                tell_lost(self._telemetry, hand, ids)  # the stream was deleted under us
-            else:
-                self._emit(
-                    "verdict.failed",
-                    hand,
-                    count=len(ids),
-                    error_type=type(error).__name__,
-                    error=str(error),
-                )
-                return False
+            if isinstance(error, ReplyError):
+                if error.code == "NOPERM":
+                    raise error.explained(hand.stream) from None  # no time heals that
+                if error.code == "NOGROUP" or await self._stream_is_gone(hand, error):
+                    self._emit("verdict.void", hand, count=len(ids))
+                    self._forget(hand, ids)
+                    return True
+            elif isinstance(error, ConnectionLost) and error.sent:
+                self._doubtful.update((hand.stream, i) for i in ids)
+            self._emit(
+                "verdict.failed",
+                hand,
+                count=len(ids),
+                error_type=type(error).__name__,
+                error=str(error),
+            )
+            return False
+        self._forget(hand, ids)
+        return True
+
+    async def _stream_is_gone(self, hand: Hand, error: ReplyError) -> bool:
+        """Whether WRONGTYPE means the stream itself, not the key of its dead letters."""
+        if error.code != "WRONGTYPE":
+            return False
+        try:
+            return await self._store.type_of(hand.stream) != b"stream"
+        except BusError:
+            return False
+
+    def _forget(self, hand: Hand, ids: Sequence[bytes]) -> None:
         for entry_id in ids:
             hand.held.pop(entry_id, None)
-        return True
+            self._doubtful.discard((hand.stream, entry_id))
+
+    def _came_through(self, hand: Hand, entry_id: bytes) -> bool:
+        """Whether a refused verdict was in truth applied, by an attempt whose reply was lost."""
+        return (hand.stream, entry_id) in self._doubtful
 
     async def _ack(self, hand: Hand, ids: list[bytes]) -> None:
         refused = await self._store.ack(hand.stream, hand.group, self._consumer, ids)
-        self._emit("delivery.acked", hand, count=len(ids) - len(refused))
-        self._tell_refused(hand, len(refused), "ack")
+        late = sum(not self._came_through(hand, i) for i in refused)
+        self._emit("delivery.acked", hand, count=len(ids) - late)
+        self._tell_refused(hand, late, "ack")
 
     async def _park(self, hand: Hand, part: list[tuple[Delivery[Any], Park | HandBack]]) -> None:
         entries = [(d.entry_id, *_delay_and_count(d, v)) for d, v in part]
@@ -168,13 +235,14 @@ class Settler:
         for (delivery, verdict), lane in zip(part, lanes, strict=True):
             if lane == b"lost":
                 tell_lost(self._telemetry, hand, [delivery.entry_id])
-            elif not lane:
+            elif not lane and not self._came_through(hand, delivery.entry_id):
                 refused += 1
             elif isinstance(verdict, HandBack):
                 handed_back += 1
             else:
                 self._tell_parked(delivery, verdict)
-                self._parked(hand, lane, delivery.entry_id, verdict.delay_s)
+                if lane:
+                    self._parked(hand, lane, delivery.entry_id, verdict.delay_s)
         self._tell_refused(hand, refused, "park")
         if handed_back:
             self._emit("delivery.handed_back", hand, count=handed_back)
@@ -182,17 +250,20 @@ class Settler:
     async def _dead_letter(self, hand: Hand, part: list[tuple[Delivery[Any], DeadLetter]]) -> None:
         entries = [(d.entry_id, _dead_fields(d, v)) for d, v in part]
         moved = await self._store.dead_letter(hand.stream, hand.group, self._consumer, entries)
+        refused = 0
         for (delivery, verdict), done in zip(part, moved, strict=True):
-            if done:
-                self._telemetry.emit(
-                    "delivery.dead_lettered",
-                    **names_of(delivery),
-                    reason=verdict.reason,
-                    error_type=verdict.error.type,
-                    error=verdict.error.text,
-                    where=verdict.error.where,
-                )
-        self._tell_refused(hand, len(moved) - sum(moved), "dead_letter")
+            if not done and not self._came_through(hand, delivery.entry_id):
+                refused += 1
+                continue
+            self._telemetry.emit(
+                "delivery.dead_lettered",
+                **names_of(delivery),
+                reason=verdict.reason,
+                error_type=verdict.error.type,
+                error=verdict.error.text,
+                where=verdict.error.where,
+            )
+        self._tell_refused(hand, refused, "dead_letter")
 
     # --- telling
 

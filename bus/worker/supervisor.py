@@ -16,7 +16,15 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from bus.config import GRACE_S, JANITOR_S, LEASE_S, checked_name, checked_number
+from bus.config import (
+    GRACE_S,
+    JANITOR_S,
+    LEASE_S,
+    REPLY_TIMEOUT_S,
+    TOPICS_S,
+    checked_name,
+    checked_number,
+)
 from bus.delivery import Publishes
 from bus.errors import BusError, DeclarationError
 from bus.handler import Handler, Registry
@@ -29,10 +37,11 @@ from bus.worker.executor import failure_of
 from bus.worker.janitor import Janitor
 from bus.worker.lease import Lease
 from bus.worker.reclaimer import Reclaimer
+from bus.worker.turn import Turn
 
 _TICK_S = 0.05  # how exactly timeout_s is kept
 _STUCK_S = 1.0  # how long a handler may resist its cancellation before it is left behind
-_FLUSH_S = 5.0  # what the last verdicts get when the server does not answer at the end
+_FLUSH_S = 2.0  # what the last verdicts get when the server does not answer at the end
 
 
 class WorkersBus(Publishes, Protocol):
@@ -77,12 +86,13 @@ class Worker:
         self._handlers = _chosen(registry.handlers, tuple(only))
         self._lifespan = lifespan or registry.lifespan
         self._grace_s = checked_number(grace_s, "grace_s", 0, 86_400)
-        self._lease_s = checked_number(lease_s, "lease_s", 0.2, 3_600)
+        self._lease_s = checked_number(lease_s, "lease_s", 0.5, 3_600)
         if concurrency is not None:
             checked_number(concurrency, "concurrency", 1, 10_000, whole=True)
         self.name = checked_name(name, "worker name") if name else _own_name()
         for topic in registry.topics:
             bus.topics.declare(topic)
+        turn = Turn()
         self._consumers = [
             Consumer(
                 handler,
@@ -92,20 +102,27 @@ class Worker:
                 self._telemetry,
                 concurrency=concurrency or handler.concurrency,
                 lease_s=self._lease_s,
+                turn=turn,
             )
             for handler in self._handlers
         ]
         self._lease = Lease(
             self._store, self.name, self._consumers, self._telemetry, lease_s=self._lease_s
         )
-        self._reclaimer = Reclaimer(self._store, self.name, self._consumers, self._telemetry)
-        self._janitor = Janitor(
-            self._store, self.name, self._consumers, self._telemetry, self._serve_topics
+        self._reclaimer = Reclaimer(
+            self._store,
+            self.name,
+            self._consumers,
+            self._telemetry,
+            self._lease.others_can_be_judged,
         )
+        self._janitor = Janitor(self._store, self.name, self._consumers, self._telemetry)
         self._state: Any = None
         self._exits = contextlib.AsyncExitStack()
         self._intakes: dict[Consumer, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._beating: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
         self._failed: asyncio.Future[None] | None = None
         self._stopped = False
 
@@ -130,10 +147,13 @@ class Worker:
             self._intakes[consumer] = intake
             for task in (intake, *rest):
                 self._watch(task)
-        self._watch(loop.create_task(_every(self._lease.interval_s, self._lease.beat)))
-        self._watch(loop.create_task(_every(_TICK_S, self._tick)))
-        self._watch(loop.create_task(_every(JANITOR_S, self._janitor.tidy)))
-        self._watch(loop.create_task(self._reclaimer.run()))
+        self._beating = loop.create_task(self._lease.run(), name="lease")
+        self._sweeping = loop.create_task(self._reclaimer.run(), name="reclaimer")
+        self._watch(self._beating)
+        self._watch(self._sweeping)
+        self._watch(loop.create_task(_every(_TICK_S, self._tick), name="tick"))
+        self._watch(loop.create_task(_every(TOPICS_S, self._look_at_topics), name="topics"))
+        self._watch(loop.create_task(_every(JANITOR_S, self._janitor.tidy), name="janitor"))
         self._telemetry.emit(
             "worker.started",
             worker=self.name,
@@ -172,10 +192,15 @@ class Worker:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
-        if task.cancelled() or task.exception() is None:
-            return
-        error = task.exception()
-        assert error is not None
+        if task.cancelled():
+            if self._stopped:
+                return
+            error: BaseException = asyncio.CancelledError("cancelled from outside")
+        else:
+            exception = task.exception()
+            if exception is None:
+                return
+            error = exception
         failure = failure_of(error)
         if not isinstance(error, BusError):
             traceback.print_exception(error)  # a bug of ours: say all there is
@@ -188,8 +213,25 @@ class Worker:
             where=failure.where,
         )
         if self._failed is not None and not self._failed.done():
-            self._failed.set_exception(error)
+            self._failed.set_exception(
+                BusError(f"{task.get_name()} was cancelled") if task.cancelled() else error
+            )
             self._failed.exception()  # `wait` may never be called
+        # Half a worker must not keep what it cannot handle: others take over when its lease ends.
+        self._reclaimer.stop()
+        if self._beating is not None:
+            self._beating.cancel()
+        for consumer in self._consumers:
+            consumer.intake.quit()
+
+    async def _look_at_topics(self) -> None:
+        """Notice partitions that were declared meanwhile; write down what a server has lost."""
+        try:
+            await self._serve_topics()
+        except BusError as error:
+            self._telemetry.emit(
+                "topics.failed", worker=self.name, error_type=type(error).__name__, error=str(error)
+            )
 
     async def _tick(self) -> None:
         now = asyncio.get_running_loop().time()
@@ -228,7 +270,7 @@ class Worker:
             if consumer.busy:
                 left.append(f"{consumer.group} is at work")
                 continue
-            for stream in consumer.hands:
+            for stream in list(consumer.hands):
                 if stream in consumer.intake.broken:
                     continue
                 standing = await self._store.standing(stream, consumer.group)
@@ -251,13 +293,18 @@ class Worker:
             return
         self._stopped = True
         self._telemetry.emit("worker.stopping", worker=self.name, reason=reason)
+        # First nothing more comes in by any way, then what has not started is handed back.
+        self._reclaimer.stop()
+        if self._sweeping is not None:
+            await asyncio.wait([self._sweeping], timeout=REPLY_TIMEOUT_S)
         handed_back = sum(
             await asyncio.gather(*(c.stop_reading(t) for c, t in self._intakes.items()))
         )
         cancelled = 0
-        if not await self._finished(self._grace_s):
+        if not await self._all(Consumer.calls_ended, self._grace_s):
             cancelled = sum(c.cancel_calls() for c in self._consumers)
-            await self._finished(_FLUSH_S)
+            await self._all(Consumer.calls_ended, _STUCK_S)
+        await self._all(Consumer.verdicts_applied, _FLUSH_S)
         for consumer in self._consumers:
             await consumer.close()
         await self._cancel_tasks()
@@ -267,10 +314,10 @@ class Worker:
             "worker.stopped", worker=self.name, handed_back=handed_back, cancelled=cancelled
         )
 
-    async def _finished(self, within_s: float) -> bool:
+    async def _all(self, step: Callable[[Consumer], Awaitable[None]], within_s: float) -> bool:
         try:
             async with asyncio.timeout(within_s):
-                await asyncio.gather(*(c.finished() for c in self._consumers))
+                await asyncio.gather(*(step(c) for c in self._consumers))
         except TimeoutError:
             return False
         return True
@@ -287,16 +334,17 @@ class Worker:
 
     async def _say_goodbye(self) -> None:
         """Give up leases and leave the groups, so that nobody has to find out that we are gone."""
+        me = self.name.encode()
         try:
             async with asyncio.timeout(_FLUSH_S):
                 await self._lease.end()
                 for consumer in self._consumers:
-                    for stream in consumer.hands:
+                    for stream in list(consumer.hands):
                         with contextlib.suppress(ReplyError):
-                            await self._store.forget_consumer(stream, consumer.group, self.name)
+                            await self._store.forget_consumer(stream, consumer.group, me)
                 for stream in self._lease.streams:
                     if await self._nothing_left(stream):
-                        await self._store.unlist_worker(stream, self.name)
+                        await self._store.unlist_worker(stream, me)
         except (BusError, TimeoutError):
             pass  # the server is away: the leases run out, and a janitor forgets us
 

@@ -17,7 +17,8 @@ def test_the_names_are_the_documented_ones():
     assert keys.TOPICS == "bus:topics"
     assert keys.stream("document", 3) == STREAM
     assert keys.dead(STREAM, "index") == "bus:{document:3}:dead:index"
-    assert keys.lease(STREAM, "host-1-ab") == "bus:{document:3}:lease:host-1-ab"
+    assert keys.lease(STREAM, "host-1-ab") == b"bus:{document:3}:lease:host-1-ab"
+    assert keys.lease(STREAM, b"\xff") == b"bus:{document:3}:lease:\xff"
     assert keys.workers(STREAM) == "bus:{document:3}:workers"
     assert keys.producer(STREAM, "c0ffee") == "bus:{document:3}:pub:c0ffee"
     assert keys.sweep(STREAM, ["b", "a"]) == f"bus:{{document:3}}:sweep:{zlib.crc32(b'a,b'):08x}"
@@ -25,7 +26,7 @@ def test_the_names_are_the_documented_ones():
 
 def test_everything_of_a_partition_has_its_hash_tag():
     """One script may then touch it all on a Cluster."""
-    made = [keys.dead(STREAM, "g"), keys.lease(STREAM, "w"), keys.workers(STREAM)]
+    made = [keys.dead(STREAM, "g"), keys.lease(STREAM, "w").decode(), keys.workers(STREAM)]
     made += [keys.sweep(STREAM, ["g"]), keys.producer(STREAM, "p")]
     for key in made:
         assert key[key.index("{") : key.index("}") + 1] == "{document:3}"

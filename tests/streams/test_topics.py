@@ -62,7 +62,7 @@ async def test_first_users_at_the_same_time_agree(url, server):
 
 
 async def test_an_implicit_record_is_replaced_while_its_stream_is_empty(url, monkeypatch):
-    monkeypatch.setattr("bus.streams.topics.IMPLICIT_TTL_S", 0)
+    monkeypatch.setattr("bus.streams.topics.RECORD_TTL_S", 0)
     async with process(url) as early, process(url, Topic("paper", partitions=4)) as late:
         assert await early.partitions("paper") == (1, True)
         assert await late.partitions("paper") == (4, False)
