@@ -188,7 +188,7 @@ class Delivery(Generic[E_co]):
         fields: list[bytes],
         attempt: int,
         checked_at: float,
-        received_at: float,
+        received_at: float = 0.0,
     ) -> None:
         self.origin = origin
         self.entry_id = entry_id

@@ -117,7 +117,7 @@ def event_handler(
     checked_name(group, "group name")
     checked_number(concurrency, f"handler {group}: concurrency", 1, 10_000, whole=True)
     checked_number(max_attempts, f"handler {group}: max_attempts", 1, 1_000_000, whole=True)
-    checked_number(visibility_s, f"handler {group}: visibility_s", 0.5, 86_400)
+    checked_number(visibility_s, f"handler {group}: visibility_s", 0.3, 86_400)
     if timeout_s is not None:
         checked_number(timeout_s, f"handler {group}: timeout_s", 0.001, 86_400 * 7)
     if start not in ("beginning", "now"):

@@ -195,7 +195,7 @@ def test_bad_things_to_ask_for(what, says):
         ({"max_attempts": 0}, "max_attempts must be a whole number from 1"),
         ({"timeout_s": 0}, "timeout_s must be a number from 0.001"),
         ({"timeout_s": "5"}, "timeout_s must be a number"),
-        ({"visibility_s": 0.01}, "visibility_s must be a number from 0.5"),
+        ({"visibility_s": 0.01}, "visibility_s must be a number from 0.3"),
         ({"start": "end"}, "start is 'beginning' or 'now', not 'end'"),
         ({"on_dead": print}, "on_dead must be an async function"),
         ({"topics": "letter"}, "topics is a list of names, not one string"),

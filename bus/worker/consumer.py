@@ -27,7 +27,7 @@ from bus.worker.retries import PromptRetries
 from bus.worker.settler import Settler
 from bus.worker.turn import Turn
 
-_SHORTEST_UNCHECKED_S = 0.15  # below a round trip to a distant server, every check would be late
+_SHORTEST_UNCHECKED_S = 0.1  # below a round trip to a distant server, every check would be late
 
 
 class Consumer:

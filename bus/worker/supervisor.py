@@ -86,7 +86,7 @@ class Worker:
         self._handlers = _chosen(registry.handlers, tuple(only))
         self._lifespan = lifespan or registry.lifespan
         self._grace_s = checked_number(grace_s, "grace_s", 0, 86_400)
-        self._lease_s = checked_number(lease_s, "lease_s", 0.5, 3_600)
+        self._lease_s = checked_number(lease_s, "lease_s", 0.3, 3_600)
         if concurrency is not None:
             checked_number(concurrency, "concurrency", 1, 10_000, whole=True)
         self.name = checked_name(name, "worker name") if name else _own_name()

@@ -1,0 +1,186 @@
+"""The read loop: bounded reads, what it does after an error, and when it gives up."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus import Bus, Delivery, Topic, Worker, event_handler
+from bus.config import READ_COUNT
+from bus.streams.connection import ConnectionLost
+from bus.streams.replies import ReplyError
+from bus.streams.stream import Reader
+from bus.worker.intake import pause
+from tests.witness import Witness, eventually
+from tests.worker.events import STREAM, Asked
+
+if TYPE_CHECKING:
+    from tests.guarantees.backend import Backend
+
+
+def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    counts: list[int] = []
+    inner = Reader.read
+
+    async def read(
+        self: Any, group: Any, consumer: Any, streams: Any, count: int, *rest: Any
+    ) -> Any:
+        counts.append(count)
+        return await inner(self, group, consumer, streams, count, *rest)
+
+    monkeypatch.setattr(Reader, "read", read)
+    return counts
+
+
+async def test_a_read_asks_for_what_can_be_run(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = spy_on_reads(monkeypatch)
+
+    @event_handler(Asked, group="g", concurrency=7)
+    async def read(event: Asked) -> None: ...
+
+    async with Worker(bus, [read]) as worker:
+        assert await eventually(lambda: counts) == [7]
+        await bus.publish(Asked(n=1))
+        await worker.drained()
+
+
+async def test_a_read_never_asks_for_more_than_the_bound(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = spy_on_reads(monkeypatch)
+
+    @event_handler(Asked, group="g", concurrency=2_000)
+    async def read(event: Asked) -> None: ...
+
+    async with Worker(bus, [read]) as worker:
+        await bus.publish_many([Asked(n=n) for n in range(3_000)])
+        await worker.drained()
+    assert max(counts) <= READ_COUNT
+
+
+async def test_the_wanted_number_is_shared_by_the_streams(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = spy_on_reads(monkeypatch)
+    bus.topics.declare(Topic("work", partitions=4))
+
+    @event_handler(Asked, group="g", concurrency=16)
+    async def read(event: Asked) -> None: ...
+
+    async with Worker(bus, [read]):
+        assert await eventually(lambda: counts) == [4]
+
+
+async def test_large_entries_are_read_in_smaller_numbers(
+    bus: Bus, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About 1 MiB a read, by the running mean of what came so far."""
+    counts = spy_on_reads(monkeypatch)
+
+    @event_handler(Asked, group="g", concurrency=400)
+    async def read(event: Asked) -> None: ...
+
+    fields = {"id": "x", "type": "other.thing", "data": b"x" * 200_000}
+    async with Worker(bus, [read]) as worker:
+        for _ in range(30):
+            await backend.add(STREAM, fields)
+        await worker.drained()
+        await eventually(lambda: counts[-1] < 40)
+    assert counts[0] == 400
+
+
+async def test_after_a_lost_read_comes_recovery_and_then_the_next_read(
+    bus: Bus, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = Reader.read
+    lost: list[int] = []
+
+    async def broken(*args: Any, **kwargs: Any) -> Any:
+        result = await inner(*args, **kwargs)
+        if result and len(lost) < 2:
+            lost.append(sum(len(entries) for _, entries in result))
+            raise ConnectionLost("connection lost: by the test", sent=True)
+        return result
+
+    monkeypatch.setattr(Reader, "read", broken)
+    handled: list[tuple[int, int]] = []
+
+    @event_handler(Asked, group="g", concurrency=4)
+    async def read(event: Asked, delivery: Delivery[Asked]) -> None:
+        handled.append((event.n, delivery.attempt))
+
+    await bus.publish_many([Asked(n=n) for n in range(20)])
+    async with Worker(bus, [read], concurrency=4) as worker:
+        await worker.drained()
+    assert sorted(handled) == [(n, 1) for n in range(20)]
+    assert handled[:4] == [(n, 1) for n in range(4)], "what came first runs first"
+    assert witness.total("delivery.recovered") == sum(lost) == 8
+
+
+async def test_recovery_takes_up_more_than_one_page(
+    bus: Bus, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything pending for this name and not held, in pages of 500."""
+    handled: list[tuple[int, int]] = []
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked, delivery: Delivery[Asked]) -> None:
+        handled.append((event.n, delivery.attempt))
+
+    await bus.publish_many([Asked(n=n) for n in range(1_203)])
+    await backend.redis.xgroup_create(STREAM, "g", "0")
+    await backend.redis.xreadgroup("g", "me", {STREAM: ">"}, count=2_000)
+    worker = Worker(bus, [read], name="me")
+    (consumer,) = worker._consumers
+    consumer.intake.unseen = True
+    async with worker:
+        await worker.drained()
+    assert sorted(handled) == [(n, 1) for n in range(1_203)]
+
+
+async def test_an_error_that_time_does_not_heal_is_raised_by_the_worker(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, witness: Witness
+) -> None:
+    async def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise ReplyError("NOPERM", "this user has no permissions")
+
+    monkeypatch.setattr(Reader, "read", forbidden)
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    async with Worker(bus, [read]) as worker:
+        with pytest.raises(ReplyError):
+            await worker.wait()
+        assert len(witness.of("read.failed")) == 1, "not tried again and again"
+        (told,) = witness.of("worker.failed")
+        assert told["part"] == "g intake"
+        await bus.publish(Asked(n=1))
+        with pytest.raises(ReplyError):
+            await worker.drained()
+
+
+async def test_a_stop_while_the_server_is_away_does_not_wait_for_it(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, witness: Witness
+) -> None:
+    async def lost(*args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0)
+        raise ConnectionLost("connection lost: by the test", sent=False)
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    async with Worker(bus, [read]):
+        monkeypatch.setattr(Reader, "read", lost)
+        await eventually(lambda: len(witness.of("read.failed")) > 5)
+        stopping = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - stopping < 2
+
+
+async def test_pause_ends_early_when_told() -> None:
+    stop = asyncio.Event()
+    asyncio.get_running_loop().call_soon(stop.set)
+    await pause(stop, 3_600)
+    await pause(asyncio.Event(), 0.01)

@@ -1,0 +1,163 @@
+"""Verdicts reach the server in batches, again and again until it has taken them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus import Backoff, Bus, Reject, Worker, event_handler
+from bus.delivery import HAND_BACK, Delivery, Failure, Origin, Park
+from bus.streams.codec import envelope_of
+from bus.streams.connection import ConnectionLost
+from bus.streams.stream import StreamStore
+from bus.worker.settler import _delay_and_count
+from tests.witness import Witness, eventually
+from tests.worker.events import STREAM, Asked
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.guarantees.backend import Backend
+
+
+def break_first_calls(
+    monkeypatch: pytest.MonkeyPatch, verb: str, times: int, *, done: bool
+) -> Callable[[], int]:
+    """Lose the first answers of a verb, with the server having done it or not."""
+    inner = getattr(StreamStore, verb)
+    calls = 0
+
+    async def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls <= times:
+            if done:
+                await inner(*args, **kwargs)
+            raise ConnectionLost("connection lost: by the test", sent=True)
+        return await inner(*args, **kwargs)
+
+    monkeypatch.setattr(StreamStore, verb, broken)
+    return lambda: calls
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["done", "not done"])
+@pytest.mark.parametrize("verb", ["ack", "park", "dead_letter"])
+async def test_a_verdict_is_tried_until_it_is_known_to_be_taken(
+    bus: Bus,
+    backend: Backend,
+    witness: Witness,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    done: bool,
+) -> None:
+    calls = break_first_calls(monkeypatch, verb, 3, done=done)
+    runs: list[int] = []
+
+    @event_handler(Asked, group="g", backoff=Backoff(base_s=0.02, jitter=0), max_attempts=2)
+    async def read(event: Asked, delivery: Delivery[Asked]) -> None:
+        runs.append(delivery.attempt)
+        if verb == "dead_letter":
+            raise Reject("no")
+        if verb == "park" and delivery.attempt == 1:
+            raise ValueError
+
+    async with Worker(bus, [read]) as worker:
+        await bus.publish(Asked(n=1))
+        await worker.drained()
+    assert calls() > 3
+    assert len(witness.of("verdict.failed")) == 3
+    assert runs == ([1, 2] if verb == "park" else [1])
+    assert len(await backend.dead(STREAM, "g")) == (verb == "dead_letter"), "never two"
+
+
+async def test_acks_of_one_turn_travel_together(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, witness: Witness
+) -> None:
+    batches: list[int] = []
+    inner = StreamStore.ack
+
+    async def counted(self: Any, stream: Any, group: Any, consumer: Any, ids: Any) -> Any:
+        batches.append(len(ids))
+        return await inner(self, stream, group, consumer, ids)
+
+    monkeypatch.setattr(StreamStore, "ack", counted)
+
+    @event_handler(Asked, group="g", concurrency=50)
+    async def read(event: Asked) -> None: ...
+
+    async with Worker(bus, [read]) as worker:
+        await bus.publish_many([Asked(n=n) for n in range(1_000)])
+        await worker.drained()
+    assert sum(batches) == 1_000
+    assert max(batches) <= 500, "one script keeps the server busy for a bounded time"
+    assert len(batches) < 200
+
+
+async def test_verdicts_of_many_kinds_at_once_each_find_their_place(
+    bus: Bus, backend: Backend, witness: Witness
+) -> None:
+    @event_handler(Asked, group="g", concurrency=30, backoff=Backoff(base_s=60), max_attempts=2)
+    async def read(event: Asked) -> None:
+        if event.n % 3 == 1:
+            raise ValueError
+        if event.n % 3 == 2:
+            raise Reject("no")
+
+    async with Worker(bus, [read]):
+        await bus.publish_many([Asked(n=n) for n in range(600)])
+        await eventually(lambda: witness.total("delivery.acked") == 200)
+        await eventually(lambda: len(witness.of("delivery.retried")) == 200)
+        await eventually(lambda: len(witness.of("delivery.dead_lettered")) == 200)
+        pending = await backend.pending(STREAM, "g")
+        assert len(pending) == 200
+        assert all(p.owner.startswith("parked:") and p.deliveries == 1 for p in pending)
+        assert len({p.owner for p in pending}) < 40, "few lanes"
+        assert len(await backend.dead(STREAM, "g")) == 200
+
+
+async def test_while_the_server_takes_nothing_the_handlers_go_on(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts collect; they do not hold a slot."""
+    gate = asyncio.Event()
+    inner = StreamStore.ack
+
+    async def held(*args: Any, **kwargs: Any) -> Any:
+        await gate.wait()
+        return await inner(*args, **kwargs)
+
+    monkeypatch.setattr(StreamStore, "ack", held)
+    handled: list[int] = []
+
+    @event_handler(Asked, group="g", concurrency=2)
+    async def read(event: Asked) -> None:
+        handled.append(event.n)
+
+    async with Worker(bus, [read]) as worker:
+        await bus.publish_many([Asked(n=n) for n in range(50)])
+        await eventually(lambda: len(handled) == 50)
+        gate.set()
+        await worker.drained()
+
+
+ORIGIN = Origin("g", STREAM, None, envelope_of)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "attempt", "stored"),
+    [
+        (Park(2.5, Failure("E", "")), 3, (2500, 3)),  # taking it makes that 4
+        (Park(2.5), 3, (2500, 2)),  # taking it makes that 3 again
+        (Park(0.0), 1, (1, 0)),
+        (Park(0.0001, Failure("E", "")), 1, (1, 1)),
+        (HAND_BACK, 3, (0, 2)),
+        (HAND_BACK, 1, (0, 0)),
+        (HAND_BACK, 0, (0, 0)),
+    ],
+)
+def test_counts_are_stored_so_that_taking_makes_the_next_attempt(
+    verdict: Any, attempt: int, stored: tuple[int, int]
+) -> None:
+    assert _delay_and_count(Delivery(ORIGIN, b"1-0", [], attempt, 0.0), verdict) == stored
