@@ -20,14 +20,14 @@ demo: $(STAMP) ## Show the bus at work on a private server: no Redis, no Docker 
 	$(RUN) worker.py --demo
 
 test: $(STAMP) ## Run the tests, on every kind of server found here
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 3 $(ARGS)
 
 lint: $(STAMP) ## Check format, lint rules and types
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
 	$(RUN) -m mypy --strict $(CHECKED)
 
-bench-quick: $(STAMP) ## Measure throughput and latency, the short version
+bench-quick: $(STAMP) ## Measure beside the bare loops, in about a minute
 	$(RUN) -m bench
 
 env: $(STAMP) ## Make the environment .venv (the other targets do it when needed)

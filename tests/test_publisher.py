@@ -292,7 +292,7 @@ async def test_an_event_above_the_size_limit_is_refused(url):
     assert await numbers(url) == [2]
 
 
-@pytest.mark.parametrize("thing", [None, "text", b"", 5, {}, object(), Noted, Event], ids=repr)
+@pytest.mark.parametrize("thing", [None, "text", b"", 5, {}, Noted, Event], ids=repr)
 async def test_what_is_no_event_is_refused(valkey_url, thing):
     async with Bus.connect(valkey_url) as bus:
         with pytest.raises(InvalidEvent, match="only events can be published, not"):

@@ -30,7 +30,7 @@ async def _reported(member: Member, event: str, **having: Any) -> dict[str, Any]
     def found() -> list[dict[str, Any]]:
         return [r for r in member.logged(event) if having.items() <= r.items()]
 
-    return (await eventually(found, f"{event} {having}: {member.output()}"))[0]
+    return (await eventually(found, f"{event} {having}"))[0]
 
 
 @pytest.mark.parametrize("kind", LATE_VERDICTS)
@@ -41,7 +41,8 @@ async def test_a_late_verdict_is_refused_and_the_buffer_is_not_run(
     gate = asyncio.Event()
     async with Bus.connect(url) as bus:
         await bus.publish_many([Deed(n=0, kind=kind), *(Deed(n=n) for n in (1, 2, 3))])
-        sleeper = crew.start(url, name="sleeper")
+        # Without on_dead, before which it would ask whether the entry is still its own.
+        sleeper = crew.start(url, name="sleeper", settings={"on_dead": None})
         await sleeper.stopped()
         assert await site.owned_by("sleeper") == [p.entry_id for p in await site.pending()]
         handler = deeds(crew.journal, gate=gate)
@@ -62,6 +63,25 @@ async def test_a_late_verdict_is_refused_and_the_buffer_is_not_run(
     assert crew.journal.lines("start", sleeper.pid) == [(0, 1)], "none of its buffer was run"
     assert await site.dead() == []
     assert await site.pending() == []
+
+
+async def test_on_dead_is_not_told_of_what_another_may_be_handling_well(
+    crew: Crew, valkey_site: Site, valkey_url: str
+) -> None:
+    gate = asyncio.Event()
+    async with Bus.connect(valkey_url) as bus:
+        await bus.publish(Deed(n=0, kind="stop and reject"))
+        sleeper = crew.start(valkey_url, name="sleeper")
+        await sleeper.stopped()
+        handler = deeds(crew.journal, gate=gate)
+        async with Worker(bus, [handler], lease_s=LEASE_S, name="heir", grace_s=1.0) as worker:
+            await eventually(lambda: _owns(valkey_site, "heir", 1))
+            sleeper.send(signal.SIGCONT)
+            await _reported(sleeper, "delivery.dropped", count=1)
+            gate.set()
+            await worker.drained()
+    assert crew.journal.lines("on_dead") == []
+    assert await valkey_site.dead() == []
 
 
 async def test_a_handler_that_hangs_the_loop_loses_its_lease_and_its_verdict(

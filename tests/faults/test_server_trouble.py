@@ -123,7 +123,7 @@ async def test_a_server_that_comes_back_empty(
             await bus.publish(Deed(n=0))
             await worker.drained()
             server.kill()
-            await eventually(lambda: len(witness.of("read.failed")) >= 10)
+            await eventually(lambda: len(witness.of("read.failed")) >= 4)
             server.restart()
             await bus.publish(Deed(n=1))
             await eventually(lambda: 1 in crew.journal.times("end"))

@@ -86,7 +86,7 @@ def test_an_age_counts_from_this_moment():
         1.5,
         b"5",
         [],
-        object(),
+        pytest.param(object(), id="object"),
         datetime(1969, 1, 1, tzinfo=UTC),
         datetime.min,  # noqa: DTZ901
     ],
