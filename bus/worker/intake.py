@@ -88,8 +88,9 @@ class Intake:
             unblocking = asyncio.ensure_future(self._reader.unblock())
             await asyncio.wait([task, unblocking], timeout=0.05)
             unblocking.cancel()
-            with contextlib.suppress(BusError, asyncio.CancelledError):
-                await unblocking  # a broken server ends the read as well
+            await asyncio.wait([unblocking])
+            if not unblocking.cancelled():
+                unblocking.exception()  # a broken server ends the read as well
             await asyncio.wait([task], timeout=0.05)
             if loop.time() > patience_ends:
                 # The server does not answer. What the read may still bring is left to our lease.
