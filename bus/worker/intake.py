@@ -5,7 +5,6 @@ entries of a lost reply are pending for us unseen, so they are recovered before 
 """
 
 import asyncio
-import contextlib
 from typing import Any, Protocol
 
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
