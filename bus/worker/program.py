@@ -174,7 +174,10 @@ async def supervise(  # noqa: C901 - the life of a process is told in one place
                 delay_s = min(delay_s * 2, _RESTART_MAX_S)
 
     codes = await asyncio.gather(*(keep_one() for _ in range(processes)))
-    return max(abs(c) for c in codes)
+    # A child that had not installed its handlers yet ends by our signal itself: drained, too.
+    ours = (-signal.SIGTERM, -signal.SIGINT)
+    codes = [DRAINED if c in ours else c for c in codes]
+    return USAGE if USAGE in codes else max(abs(c) for c in codes)
 
 
 def child_command(script: str, arguments: Sequence[str]) -> list[str]:

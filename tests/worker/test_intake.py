@@ -116,7 +116,8 @@ async def test_after_a_lost_read_comes_recovery_and_then_the_next_read(
         await worker.drained()
     assert sorted(handled) == [(n, 1) for n in range(20)]
     assert handled[:4] == [(n, 1) for n in range(4)], "what came first runs first"
-    assert witness.total("delivery.recovered") == sum(lost) == 8
+    assert len(lost) == 2
+    assert witness.total("delivery.recovered") == sum(lost)
 
 
 async def test_recovery_takes_up_more_than_one_page(
