@@ -38,7 +38,7 @@ IMPURE = {"asyncio", "hiredis", "redis", "select", "socket", "subprocess", "tena
 OPTIONAL = {"opentelemetry", "prometheus_client", "sqlalchemy", "starlette", "structlog"}
 # Drawers into which anything fits.
 DRAWERS = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
-LONGEST = 445  # lines; a file that needs more is two files
+LONGEST = 460  # lines; a file that needs more is two files
 FACADES = {"bus/bus.py": 300, "worker.py": 100}  # what rots first in projects of this kind
 
 

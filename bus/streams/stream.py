@@ -294,19 +294,22 @@ class StreamStore:
     ) -> None:
         """Say that `consumer` is alive and serves `groups`.
 
-        PEXPIRE each, which a server without memory still allows; SET PX and SADD where that found
-        nothing. One or two writes.
+        PEXPIRE each, which a server without memory still allows; SET PX where that found nothing;
+        SADD each, since a janitor may have taken a paused worker off the list. One or two writes.
         """
-        renewed = await self._pipeline(
-            [("PEXPIRE", keys.lease(s, consumer), lease_ms) for s in streams]
-        )
-        served = ",".join(groups)
         commands: list[tuple[Arg, ...]] = []
-        for stream, reply in zip(streams, renewed, strict=True):
-            if reply != 1:
-                commands.append(("SET", keys.lease(stream, consumer), served, "PX", lease_ms))
-                commands.append(("SADD", keys.workers(stream), consumer))
-        for reply in await self._pipeline(commands):
+        for stream in streams:
+            commands.append(("PEXPIRE", keys.lease(stream, consumer), lease_ms))
+            commands.append(("SADD", keys.workers(stream), consumer))
+        replies = await self._pipeline(commands)
+        kept = replies[::2]
+        gone = [s for s, reply in zip(streams, kept, strict=True) if reply != 1]
+        served = ",".join(groups)
+        made = await self._pipeline(
+            [("SET", keys.lease(s, consumer), served, "PX", lease_ms) for s in gone]
+        )
+        listed = [r for r, k in zip(replies[1::2], kept, strict=True) if k != 1]
+        for reply in (*made, *listed):
             if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
                 raise reply
 
@@ -333,10 +336,14 @@ class StreamStore:
         replies = await self._pipeline(
             [("SET", keys.sweep(s, names), consumer, "NX", "PX", lease_ms) for s in streams]
         )
-        for reply in replies:
-            if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
+        ours = []
+        for stream, reply in zip(streams, replies, strict=True):
+            # Without memory nobody gets a turn: then all may look, each take is safe by itself.
+            if reply == b"OK" or (isinstance(reply, ReplyError) and reply.code == "OOM"):
+                ours.append(stream)
+            elif isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
                 raise reply
-        return [s for s, r in zip(streams, replies, strict=True) if r == b"OK"]
+        return ours
 
     async def forget_consumer(self, stream: str, group: str, consumer: bytes) -> bool:
         """Remove a consumer that has no lease and nothing pending; True if it is gone now."""

@@ -74,6 +74,18 @@ class TopicTable:
         declared = self._declared.get(name)
         return declared.partitions if declared else 1
 
+    async def partitions_to_read(self, name: str) -> int:
+        """Return the partition count of a topic; record it only if we know it from elsewhere.
+
+        A worker that merely reads must not be the one who says that a topic has one partition:
+        after a server lost its data that would contradict publishers who know better.
+        """
+        if self._ours(name) is None:
+            record = await self._store.topic_record(name)
+            if not record:
+                return 1
+        return (await self.partitions(name))[0]
+
     async def partitions(self, name: str) -> tuple[int, bool]:
         """Return the partition count of a topic and whether it may still change.
 

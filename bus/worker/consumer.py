@@ -9,7 +9,7 @@ The intake reads, the executor decides, the settler writes; here is only who run
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from bus.config import IN_HAND_S, READ_COUNT, WAITED_S
@@ -17,7 +17,6 @@ from bus.delivery import ACK, HAND_BACK, DeadLetter, DeadLettered, Delivery, Pub
 from bus.errors import BusError
 from bus.handler import Handler
 from bus.streams.codec import envelope_of
-from bus.streams.replies import ReplyError
 from bus.streams.stream import RawEntry, Started, StreamStore, Taken
 from bus.telemetry import Telemetry
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
@@ -125,6 +124,11 @@ class Consumer:
         self.holding.forget([*self.holding.buffer, *self.holding.suspects])
         return back
 
+    def quit(self) -> None:
+        """Take nothing in any more, because a part of the worker broke."""
+        self._retries.stop()
+        self.intake.quit()
+
     async def calls_ended(self) -> None:
         """Wait until no handler runs."""
         while self._running:  # noqa: ASYNC110 - at stop only
@@ -132,6 +136,7 @@ class Consumer:
 
     async def verdicts_applied(self) -> None:
         """Wait until every verdict is with the server."""
+        self._settler.hurry()
         while self._settler.has_work:  # noqa: ASYNC110 - at stop only
             await asyncio.sleep(0.002)
 
@@ -176,7 +181,7 @@ class Consumer:
     # --- how much is wanted
 
     def _free(self) -> int:
-        if self._stopping:
+        if self._stopping or self._settler.is_behind:
             return 0
         return max(0, self.concurrency - self._running - self.holding.waiting)
 
@@ -227,6 +232,7 @@ class Consumer:
     async def _slot(self, slot: Slot) -> None:
         clock = asyncio.get_running_loop().time
         buffer, turn = self.holding.buffer, self._turn
+        has_run = False
         while True:
             if not buffer:
                 if self._closing:
@@ -234,12 +240,16 @@ class Consumer:
                 waiter = asyncio.get_running_loop().create_future()
                 self._idle.append(waiter)
                 self.intake.look_again()
-                await waiter
+                await self._waited(slot, waiter)
                 continue
             now = clock()
             if now > turn.ends:
-                await asyncio.shield(turn.next())
+                if has_run:  # those who have not run in this turn ask for the next one first
+                    has_run = False
+                    await self._waited(slot, asyncio.sleep(0))
+                await self._waited(slot, asyncio.shield(turn.next()))
                 continue
+            has_run = True
             delivery = buffer.popleft()
             if now - delivery.checked_at > self._unchecked_s:
                 buffer.appendleft(delivery)
@@ -255,6 +265,15 @@ class Consumer:
                 self._running -= 1
             if self.intake.waits and len(buffer) <= self._low_water():
                 self.intake.look_again()
+
+    async def _waited(self, slot: Slot, until: Awaitable[None]) -> None:
+        """Wait between two calls; a cancellation that was meant for the last one is void."""
+        try:
+            await until
+        except asyncio.CancelledError:
+            if slot.task is None or slot.task.torn_down or self._closing or self._stopping:
+                raise
+            await absorb_cancellation(slot.task)
 
     def _low_water(self) -> int:
         """The buffer length at which reading on is worth a look: half of what is kept in hand."""
@@ -393,11 +412,13 @@ class Consumer:
             try:
                 await self.holding.renew()
             except BusError as error:
-                if isinstance(error, ReplyError) and error.code in ("NOGROUP", "WRONGTYPE"):
-                    for hand in list(self.hands.values()):
-                        self.holding.drop(hand, list(hand.held))
-                else:
-                    await asyncio.sleep(0.1)  # the server is away; nothing may run until it says
+                self._telemetry.emit(
+                    "lease.failed",
+                    worker=self.name,
+                    error_type=type(error).__name__,
+                    error=str(error),
+                )
+                await asyncio.sleep(0.1)  # the server is away; nothing may run until it says
 
     def _hand_back(self, chosen: Callable[[Delivery[Any]], bool]) -> int:
         """Hand back what has not started and was not reclaimed; return how many."""

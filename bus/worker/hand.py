@@ -12,8 +12,26 @@ from typing import Any
 from bus.config import VERDICTS_PER_CALL
 from bus.delivery import DeadLetter, Delivery, HandBack, Origin, Park
 from bus.streams.codec import locate
+from bus.streams.replies import ReplyError
 from bus.streams.stream import RawEntry, StreamStore, Taken
 from bus.telemetry import Telemetry
+
+
+class Pause:
+    """The growing pause after failures of one kind of verdict; `until` is loop time."""
+
+    __slots__ = ("_failures", "until")
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self.until = 0.0
+
+    def after(self, *, ok: bool) -> None:
+        """Note how an attempt ended: 20 ms after the first failure, doubling up to 2 s."""
+        self._failures = 0 if ok else self._failures + 1
+        if not ok:
+            pause_s = min(0.01 * 2 ** min(self._failures, 10), 2.0)
+            self.until = asyncio.get_running_loop().time() + pause_s
 
 
 @dataclass(slots=True, eq=False)
@@ -24,6 +42,8 @@ class Hand(Origin):
         is renewed.
     acks, acking: ids that were handled and are not yet acked on the server, waiting and on their
         way; their bodies are gone already.
+    away: verdicts other than acks that are on their way. acks_pause, others_pause: after the server
+        refused some. singly: send dead letters one by one, since it refused one for what it is.
     Nothing in any of them is taken up a second time by recovery or reclaim.
     """
 
@@ -33,6 +53,10 @@ class Hand(Origin):
     skipped: int = 0
     parks: list[tuple[Delivery[Any], Park | HandBack]] = field(default_factory=list)
     dead: list[tuple[Delivery[Any], DeadLetter]] = field(default_factory=list)
+    away: int = 0
+    acks_pause: Pause = field(default_factory=Pause)
+    others_pause: Pause = field(default_factory=Pause)
+    singly: bool = False
 
     @property
     def known(self) -> list[bytes]:
@@ -110,8 +134,13 @@ class Holding:
     async def renew(self) -> None:
         """Renew everything in hand; drop what turns out to be another worker's by now."""
         for hand in list(self.hands.values()):
-            for ids in chunks(list(hand.held)):
-                await self._renew(hand, ids)
+            try:
+                for ids in chunks(list(hand.held)):
+                    await self._renew(hand, ids)
+            except ReplyError as error:
+                if error.code not in ("NOGROUP", "WRONGTYPE"):
+                    raise
+                self.drop(hand, list(hand.held))  # the stream or group is gone; others are not
 
     async def _renew(self, hand: Hand, ids: Sequence[bytes]) -> None:
         asked_at = asyncio.get_running_loop().time()

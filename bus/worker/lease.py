@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Sequence
 
 from bus.errors import BusError
+from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.consumer import Consumer
@@ -67,12 +68,14 @@ class Lease:
             due = self._renewed_at.get(consumer.group, 0.0) + consumer.handler.visibility_s / 3
             if loop.time() + self.interval_s / 2 < due:
                 continue
-            self._renewed_at[consumer.group] = loop.time()
             try:
                 await consumer.holding.renew()
             except BusError as error:
                 self._tell(error)
-                break
+                if not isinstance(error, ReplyError):
+                    break  # the server is away for the others as well
+            else:
+                self._renewed_at[consumer.group] = loop.time()
 
     def others_can_be_judged(self) -> bool:
         """Whether a worker without a lease is dead.

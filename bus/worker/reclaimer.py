@@ -64,6 +64,10 @@ def plan(
     return Plan(tuple(name for _, name in sorted(lanes)), tuple(owners))
 
 
+# Lanes to look at beyond those that can give something: empty ones are deleted on the way.
+_LANES_MORE = 16
+
+
 class Reclaimer:
     """Sweeps the streams of one process for all its consumers.
 
@@ -86,6 +90,7 @@ class Reclaimer:
         self._turns: dict[str, float] = {}  # stream -> loop time until which the turn is ours
         self._idle_looked_at: dict[tuple[str, str], float] = {}
         self._cursor = ""  # the stream at which the last sweep ran out of room
+        self._ran_out: list[str] = []
         self._owners_first = False
         self._asked: set[Consumer] = set()  # those to sweep for before the next second
         self._wake = asyncio.Event()
@@ -151,6 +156,9 @@ class Reclaimer:
         finally:
             for consumer in room:
                 consumer.release()
+            # The first that ran out: nobody's later streams are passed over.
+            self._cursor = self._ran_out[0] if self._ran_out else self._cursor
+            self._ran_out.clear()
 
     def _from_cursor(self, streams: Sequence[str]) -> Iterable[str]:
         """Begin behind the stream at which the room ran out: every stream gets its turn."""
@@ -181,19 +189,21 @@ class Reclaimer:
         for consumer in consumers:
             visibility_s = consumer.handler.visibility_s
             looked_at = self._idle_looked_at.get((stream, consumer.group), float("-inf"))
-            look_at_idle = now - looked_at >= max(SWEEP_S / 2, visibility_s / 3)
+            # After an outage entries look idle, as leases look gone, until all have renewed.
+            judges = self._can_judge()
+            look_at_idle = judges and now - looked_at >= max(SWEEP_S / 2, visibility_s / 3)
             todo = plan(
                 survey,
                 consumer.group,
                 self._name.encode(),
                 int(visibility_s * 1000),
                 look_at_idle=look_at_idle,
-                judge_leases=self._can_judge(),
+                judge_leases=judges,
             )
             left = await self._take(consumer, consumer.hands[stream], todo, room[consumer])
             room[consumer] = left
             if left <= 0:  # it took all it had room for: there is probably more
-                self._cursor = stream
+                self._ran_out.append(stream)
                 self._sweep_soon(consumer)
             elif look_at_idle:
                 self._idle_looked_at[stream, consumer.group] = now
@@ -219,7 +229,7 @@ class Reclaimer:
             return room
         asked_at = asyncio.get_running_loop().time()
         taken = await self._store.take_due(
-            hand.stream, consumer.group, self._name, room, todo.lanes
+            hand.stream, consumer.group, self._name, room, todo.lanes[: room + _LANES_MORE]
         )
         count = consumer.deliver(hand, taken, asked_at)
         if count:

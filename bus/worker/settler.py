@@ -5,6 +5,7 @@ A repeat does no harm: every script checks that the entries are still this worke
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ from bus.config import READ_COUNT
 from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
 from bus.streams.connection import Arg, ConnectionLost
-from bus.streams.replies import ReplyError
+from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand, chunks, names_of, tell_lost
@@ -22,20 +23,6 @@ BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before
 _MOST_VALUES = 2_000  # field names and values of one entry
 _BODIES_PER_CALL = 50  # dead letters carry their bodies
 Parked = Callable[[Hand, bytes, bytes, float], None]
-
-
-class _Pause:
-    """The growing pause after failures of one kind of verdict."""
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self.until = 0.0  # loop time
-
-    def after(self, *, ok: bool) -> None:
-        self.failures = 0 if ok else self.failures + 1
-        if not ok:
-            pause_s = min(0.01 * 2 ** min(self.failures, 10), 2.0)
-            self.until = asyncio.get_running_loop().time() + pause_s
 
 
 class Settler:
@@ -57,7 +44,6 @@ class Settler:
         self._parked = parked  # told (hand, lane, entry id, delay_s) of each entry that will be due
         self._relieved = relieved  # told when verdicts have gone, so that reading may go on
         self._wanted: asyncio.Future[None] | None = None
-        self._acks_pause, self._others_pause = _Pause(), _Pause()
         self._doubtful: set[tuple[str, bytes]] = set()  # sent, and the reply was lost
         self._applying = False
         self._closing = False
@@ -72,7 +58,7 @@ class Settler:
         """Whether so many verdicts wait that nothing more should be read for now."""
         hands = self._hands.values()
         return any(
-            len(h.acks) + len(h.acking) > BEHIND or len(h.parks) + len(h.dead) > READ_COUNT
+            len(h.acks) + len(h.acking) > BEHIND or len(h.parks) + len(h.dead) + h.away > READ_COUNT
             for h in hands
         )
 
@@ -115,15 +101,16 @@ class Settler:
                 return
 
     def _is_ready(self, hand: Hand, now: float) -> bool:
-        acks = bool(hand.acks) and now >= self._acks_pause.until
-        return acks or (bool(hand.parks or hand.dead) and now >= self._others_pause.until)
+        acks = bool(hand.acks) and now >= hand.acks_pause.until
+        return acks or (bool(hand.parks or hand.dead) and now >= hand.others_pause.until)
 
     async def _wait(self, now: float) -> None:
         """Wait for a verdict, or for the end of a pause if there are verdicts already."""
         self._wanted = asyncio.get_running_loop().create_future()
-        pauses = (self._acks_pause.until, self._others_pause.until)
         timeout_s = None
         if self.has_work:
+            hands = self._hands.values()
+            pauses = [p for h in hands for p in (h.acks_pause.until, h.others_pause.until)]
             timeout_s = max(0.001, min((p - now for p in pauses if p > now), default=0.001))
         await asyncio.wait([self._wanted], timeout=timeout_s)
         self._wanted = None
@@ -131,6 +118,12 @@ class Settler:
     def close(self) -> None:
         """Let `run` end once everything has been tried."""
         self._closing = True
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Try at once what waits for the end of a pause."""
+        for hand in self._hands.values():
+            hand.acks_pause.until = hand.others_pause.until = 0.0
         self._wake()
 
     def _wake(self) -> None:
@@ -144,46 +137,57 @@ class Settler:
         must not hold them up.
         """
         now = asyncio.get_running_loop().time()
-        acked = now < self._acks_pause.until or await self._apply_acks(hand)
-        others = now < self._others_pause.until or await self._apply_others(hand)
+        acked = now < hand.acks_pause.until or await self._apply_acks(hand)
+        others = now < hand.others_pause.until or await self._apply_others(hand)
         return acked and others
 
     async def _apply_acks(self, hand: Hand) -> bool:
         hand.acking, skipped, hand.acks, hand.skipped = hand.acks, hand.skipped, [], 0
         failed: list[bytes] = []
         for ids in chunks(hand.acking):
-            if not await self._attempt(hand, ids, self._ack(hand, ids)):
+            if failed or not await self._attempt(hand, ids, partial(self._ack, hand, ids)):
                 failed += ids
         hand.acking = []
         hand.acks += failed
         if skipped:
             self._emit("delivery.skipped", hand, count=skipped)
-        self._acks_pause.after(ok=not failed)
+        hand.acks_pause.after(ok=not failed)
         return not failed
 
     async def _apply_others(self, hand: Hand) -> bool:
+        """Bring parks and dead letters; after a failure that time heals, the rest waits, too."""
         parks, hand.parks = hand.parks, []
         dead, hand.dead = hand.dead, []
+        hand.away = len(parks) + len(dead)
         ok = True
         for part in chunks(parks):
             ids = [d.entry_id for d, _ in part]
-            if not await self._attempt(hand, ids, self._park(hand, part)):
+            if not ok or not await self._attempt(hand, ids, partial(self._park, hand, part)):
                 hand.parks += part
                 ok = False
-        # Should the server refuse one letter for what it is, the next round sends them singly.
-        for letters in chunks(dead, 1 if self._others_pause.failures else _BODIES_PER_CALL):
+        refused = False
+        for letters in chunks(dead, 1 if hand.singly else _BODIES_PER_CALL):
             ids = [d.entry_id for d, _ in letters]
-            if not await self._attempt(hand, ids, self._dead_letter(hand, letters)):
+            if not ok or not await self._attempt(
+                hand, ids, partial(self._dead_letter, hand, letters)
+            ):
                 hand.dead += letters
-                ok = False
-        self._others_pause.after(ok=ok)
-        return ok
+                # One that is refused for what it is stops only itself, once they go singly.
+                refused = refused or hand.singly
+                ok = ok and hand.singly
+        hand.away = 0
+        hand.singly = hand.singly and bool(hand.dead)
+        hand.others_pause.after(ok=ok and not refused)
+        return ok and not refused
 
-    async def _attempt(self, hand: Hand, ids: Sequence[bytes], apply: Awaitable[None]) -> bool:
+    async def _attempt(
+        self, hand: Hand, ids: Sequence[bytes], apply: Callable[[], Awaitable[None]]
+    ) -> bool:
         """Apply verdicts; True when they are over and done with, or the group itself is gone."""
         try:
-            await apply
+            await apply()
         except BusError as error:
+            hand.singly = False
             if isinstance(error, ReplyError):
                 if error.code == "NOPERM":
                     raise error.explained(hand.stream) from None  # no time heals that
@@ -191,6 +195,7 @@ class Settler:
                     self._emit("verdict.void", hand, count=len(ids))
                     self._forget(hand, ids)
                     return True
+                hand.singly = error.code not in TRANSIENT
             elif isinstance(error, ConnectionLost) and error.sent:
                 self._doubtful.update((hand.stream, i) for i in ids)
             self._emit(

@@ -166,7 +166,7 @@ class Worker:
         wanted: list[tuple[Consumer, str]] = []
         for consumer in self._consumers:
             for topic in consumer.handler.reads():
-                partitions, _ = await self._bus.topics.partitions(topic)
+                partitions = await self._bus.topics.partitions_to_read(topic)
                 streams = self._bus.topics.streams(topic, partitions)
                 wanted += [(consumer, s) for s in streams if s not in consumer.hands]
         if not wanted:
@@ -222,7 +222,7 @@ class Worker:
         if self._beating is not None:
             self._beating.cancel()
         for consumer in self._consumers:
-            consumer.intake.quit()
+            consumer.quit()
 
     async def _look_at_topics(self) -> None:
         """Notice partitions that were declared meanwhile; write down what a server has lost."""
