@@ -14,8 +14,8 @@ from bus.worker.program import (
     DRAINED,
     USAGE,
     Options,
-    check_declarations,
     child_command,
+    preflight,
     serve,
     supervise,
 )
@@ -46,7 +46,9 @@ async def run(options: Options, arguments: Sequence[str]) -> int:
     attach(bus.telemetry)
     try:
         if options.processes > 1:
-            check_declarations(bus, options)  # once, here, instead of once in every process
+            code = await preflight(bus, options)  # once, here, instead of in every process
+            if code != DRAINED:
+                return code
             command = child_command(__file__, arguments)
             return await supervise(command, options.processes, bus.telemetry)
         return await serve(bus, options)

@@ -150,6 +150,11 @@ class Bus:
         """Close."""
         await self.close()
 
+    @property
+    def address(self) -> str:
+        """Where the server is, as a URL without a password."""
+        return self._server.redacted
+
     def __repr__(self) -> str:
         return f"<Bus {self._server.redacted}>"
 
@@ -207,7 +212,8 @@ class Bus:
         since, until: both included; an entry id, ms, datetime, ISO 8601, "@-2h", "start", "end".
         types: event classes, names or patterns; by default all.
         XRANGE, 500 entries a page. Events are decoded when `envelope.event` is asked for.
-        Errors: DeclarationError for a bad position or pattern; ServerError.
+        Errors: DeclarationError for a bad position or pattern; ServerError. `envelope.event`
+        raises Undecodable for an entry that is not what its type says; the iteration goes on.
         """
         return history(self.store, self.topics, topic, since, until, types)
 

@@ -30,6 +30,7 @@ IN_HAND_S = 0.020  # read ahead while what is in hand is less work than this
 WAITED_S = 1.0  # what waited longer without starting is handed back
 SLOT_TURN_S = 0.005  # a slot lets others run at least this often
 MAX_DECODE_BYTES = 8 * 1024 * 1024  # no publisher of ours writes more; tiny msgpack can swell x65
+RETRY_LATER_MIN_S = 0.1  # RetryLater uses up no attempt: at 0 it would spin for ever
 UNKNOWN_TYPE_PARK_S = 300.0  # an unknown type waits for the deployment that brings it...
 UNKNOWN_TYPE_MAX_AGE_S = 86_400.0  # ...for a day after it was published
 SWEEP_S = 1.0  # safety net for retries and crashed workers

@@ -106,7 +106,7 @@ class Reject(Exception):
 class RetryLater(Exception):
     """Raised by a handler: not now; park the delivery, using up no attempt.
 
-    `delay_s` is in seconds, 0 or more.
+    `delay_s` is in seconds, 0 or more; less than 0.1 waits 0.1.
     """
 
     def __init__(self, delay_s: float) -> None:

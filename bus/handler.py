@@ -4,9 +4,12 @@ import importlib
 import inspect
 import pkgutil
 import traceback
+import types
+import typing
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, Protocol, overload
 
 from bus.backoff import Backoff
@@ -17,7 +20,7 @@ from bus.config import (
     checked_name,
     checked_number,
 )
-from bus.delivery import DeadLettered
+from bus.delivery import DeadLettered, Delivery
 from bus.errors import DeclarationError, NotSupported
 from bus.event import Event, info_of, type_matches
 from bus.topic import Topic, topics_of
@@ -124,8 +127,8 @@ def event_handler(
         raise DeclarationError(f"handler {group}: start is 'beginning' or 'now', not {start!r}")
     if backoff is not None and not isinstance(backoff, Backoff):
         raise DeclarationError(f"handler {group}: backoff is a Backoff(...), not {backoff!r}")
-    if on_dead is not None and not inspect.iscoroutinefunction(on_dead):
-        raise DeclarationError(f"handler {group}: on_dead must be an async function")
+    if on_dead is not None:
+        _check_on_dead(on_dead, group)
     if isinstance(topics, str):
         raise DeclarationError(f"handler {group}: topics is a list of names, not one string")
     patterns = tuple(_pattern(w, group) for w in what)
@@ -135,6 +138,7 @@ def event_handler(
 
     def decorate(target: Any) -> Handler[Any]:
         call, name = _callable_of(target, group)
+        _check_annotation(call, [w for w in what if isinstance(w, type)], group)
         return Handler(
             call=call,
             patterns=patterns,
@@ -188,6 +192,39 @@ def _callable_of(target: Any, group: str) -> tuple[Callable[..., Awaitable[Any]]
             " asyncio.to_thread inside it"
         )
     return target, name
+
+
+def _check_on_dead(on_dead: OnDead, group: str) -> None:
+    if not inspect.iscoroutinefunction(on_dead):
+        raise DeclarationError(f"handler {group}: on_dead must be an async function")
+    try:
+        inspect.signature(on_dead).bind(None, None)
+    except TypeError:
+        raise DeclarationError(
+            f"handler {group}: on_dead takes (dead_lettered, bus), not {inspect.signature(on_dead)}"
+        ) from None
+
+
+def _check_annotation(call: Callable[..., Any], asked: list[type[Event]], group: str) -> None:
+    """Refuse a handler whose first parameter is annotated as none of the events it asks for."""
+    try:
+        hints = typing.get_type_hints(call)
+        first = next(iter(inspect.signature(call).parameters.values()))
+    except Exception:  # annotations that cannot be resolved here are the type checker's business
+        return
+    hint = hints.get(first.name, Any)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    accepted = typing.get_args(hint) if union else (hint,)
+    if any((typing.get_origin(a) or a) is Delivery for a in accepted):
+        raise DeclarationError(f"handler {group}: the event comes first, then the delivery")
+    classes = [a for a in accepted if isinstance(a, type)]
+    if Any in accepted or len(classes) != len(accepted) or not asked:
+        return
+    if not any(issubclass(event, c) for event in asked for c in classes):
+        raise DeclarationError(
+            f"handler {group}: asks for {', '.join(e.__name__ for e in asked)} and its parameter"
+            f" `{first.name}` is annotated as {getattr(hint, '__name__', hint)}"
+        )
 
 
 def _takes_delivery(call: Callable[..., Any], group: str) -> bool:
@@ -266,7 +303,12 @@ def _modules(package: str) -> list[Any]:
             return importlib.import_module(name)
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)
-            users = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+            own = str(Path(__file__).parent)
+            users = [
+                f
+                for f in frames
+                if "importlib" not in f.filename and not f.filename.startswith(own)
+            ]
             where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
             raise DeclarationError(
                 f"cannot import handlers from {name!r}: {type(error).__name__}: {error}{where}"

@@ -212,7 +212,8 @@ class Sender:
                 " publish it again only if handlers tolerate it twice"
             )
         return PublishTimeout(
-            f"{self._stream} could not be reached in time{why}: the event was not published"
+            f"the server did not take it into {self._stream} in time{why}:"
+            " the event was not published"
         )
 
     def _fail(self, batch: list[Unit], error: Exception) -> None:

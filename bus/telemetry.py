@@ -93,9 +93,12 @@ EVENTS: dict[str, Emitted] = {
     ),
     "on_dead.failed": Emitted(_E, (*_ENTRY, *_ERROR), "on_dead raised; the dead letter goes ahead"),
     # workers, groups, streams
-    "worker.started": Emitted(_I, ("worker", "groups", "streams"), "reads from now on"),
+    "worker.started": Emitted(_I, ("worker", "server", "groups", "streams"), "reads from now on"),
     "worker.stopping": Emitted(_I, ("worker", "reason"), "reads no more, lets handlers finish"),
     "worker.stopped": Emitted(_I, ("worker", "handed_back", "cancelled"), "has drained"),
+    "janitor.failed": Emitted(
+        _W, ("worker", "error_type", "error"), "could not tidy up; tried again"
+    ),
     "topics.failed": Emitted(
         _W, ("worker", "error_type", "error"), "could not look whether topics have changed"
     ),
@@ -127,6 +130,7 @@ EVENTS: dict[str, Emitted] = {
     "connection.lost": Emitted(
         _W, ("role", "error_type", "error"), "a connection ended; it is made again when needed"
     ),
+    "connection.restored": Emitted(_I, ("role",), "a connection that was lost works again"),
     "process.restarted": Emitted(
         _E, ("pid", "exit_code", "delay_s"), "a worker process died and is started again"
     ),
@@ -159,8 +163,17 @@ class Telemetry:
         self._index()
 
     def emit(self, name: str, **fields: Any) -> None:
-        """Tell the listeners of `name`. Costs a dict lookup when nobody listens."""
-        for listener in self._by_name.get(name, ()):
+        """Tell the listeners of `name`. Costs two dict lookups when nobody listens.
+
+        A warning or error that nobody listens to goes to the logger `bus`: what fails is never
+        silent, also in a program that attached nothing.
+        """
+        listeners = self._by_name.get(name)
+        if listeners is None:
+            if EVENTS[name].level >= logging.WARNING:
+                _say(name, fields)
+            return
+        for listener in listeners:
             try:
                 listener(name, fields)
             except Exception:
@@ -171,6 +184,12 @@ class Telemetry:
             name: tuple(fn for p, fn in self._attached if _matches(p, name)) for name in EVENTS
         }
         self._by_name = {name: fns for name, fns in by_name.items() if fns}
+
+
+def _say(name: str, fields: dict[str, Any]) -> None:
+    said = {k: v for k, v in fields.items() if k != "error" or "where" not in fields}
+    pairs = " ".join(f"{k}={v}" for k, v in said.items())
+    logging.getLogger("bus").log(EVENTS[name].level, "%s %s", name, pairs)
 
 
 def _matches(pattern: str, name: str) -> bool:

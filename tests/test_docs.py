@@ -94,8 +94,8 @@ def test_the_session_by_hand_of_the_wire_document_goes_as_printed(url: str) -> N
 
 
 def _words(command: str) -> list[str]:
-    """Split as redis-cli does: quotes inside a word are kept."""
-    return [w if "{" in w else shlex.split(w)[0] for w in command.split()]
+    """Split as redis-cli does at its prompt, and shells do."""
+    return shlex.split(command)
 
 
 def _flat(value: object) -> list[str]:

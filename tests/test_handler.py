@@ -12,6 +12,7 @@ import pytest
 from bus import (
     Backoff,
     DeclarationError,
+    Delivery,
     Event,
     Handler,
     NotSupported,
@@ -384,3 +385,32 @@ def test_a_package_that_cannot_serve_says_why(package, files, says):
 def test_what_is_no_package_name_is_refused(name):
     with pytest.raises(DeclarationError, match="is not the name of a Python package"):
         Registry.collect(name)
+
+
+class Other(Event, type="handler.other"):
+    n: int
+
+
+def test_an_annotation_that_names_another_event_is_refused():
+    async def wrong(event: Other) -> None: ...
+
+    async def swapped(delivery: Delivery[Sent], event: Sent) -> None: ...
+
+    async def one_of_several(event: Sent | Other) -> None: ...
+
+    async def any_event(event: Event) -> None: ...
+
+    with pytest.raises(DeclarationError, match="asks for Sent and its parameter `event` is annot"):
+        event_handler(Sent, group="post")(wrong)
+    with pytest.raises(DeclarationError, match="the event comes first, then the delivery"):
+        event_handler(Sent, group="post")(swapped)
+    event_handler(Sent, group="post")(one_of_several)
+    event_handler(Sent, group="post")(any_event)
+    event_handler("handler.*", group="post")(wrong)
+
+
+def test_an_on_dead_of_other_parameters_is_refused():
+    async def on_dead(dead_lettered): ...
+
+    with pytest.raises(DeclarationError, match=r"on_dead takes \(dead_lettered, bus\)"):
+        event_handler(Sent, group="post", on_dead=on_dead)

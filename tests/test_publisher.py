@@ -348,7 +348,7 @@ async def test_a_user_who_may_not_write_is_told_at_once(private_server, server_k
         await bus.publish(Noted(n=1))
         for rules in (("-xadd",), ("+@all", "-@scripting"), ("+@all", "resetkeys", "~bus:probe")):
             ask(server, "ACL", "SETUSER", "app", *rules)
-            with pytest.raises(PermissionDenied, match=re.escape(f"may not write to {STREAM}")):
+            with pytest.raises(PermissionDenied, match=re.escape(f"lacks a right on {STREAM}")):
                 await bus.publish(Noted(n=2, text=CANARY))
     assert await numbers(server.url) == [1]
     assert CANARY not in str(told)

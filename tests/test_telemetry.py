@@ -141,3 +141,13 @@ async def test_a_listener_that_raises_changes_nothing(valkey_url, caplog):
     (record, *_) = [r for r in caplog.records if r.name == "bus.telemetry"]
     assert "listener for" in record.getMessage()
     assert record.exc_info
+
+
+def test_what_fails_is_never_silent_even_when_nobody_listens(caplog):
+    telemetry = Telemetry()
+    with caplog.at_level("DEBUG", logger="bus"):
+        telemetry.emit("delivery.acked", stream="s", group="g", count=1)
+        telemetry.emit("on_dead.failed", group="g", error_type="E", error="SECRET", where="f.py:1")
+    assert [r.getMessage() for r in caplog.records] == [
+        "on_dead.failed group=g error_type=E where=f.py:1"
+    ]

@@ -9,12 +9,17 @@ event into it. Type and place are always logged; the full text is in the dead le
 
 import logging
 import sys
+import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import msgspec
 
 from bus.telemetry import EVENTS, Telemetry
+
+SAY_AGAIN_S = 30.0  # a failure that goes on in the same words is said again after this long
+_MOST_SAID = 1_000
+_OWN_ERRORS = ("Undecodable", "UnknownEventType")  # their texts hold no values of events
 
 logger = logging.getLogger("bus")
 
@@ -28,9 +33,37 @@ def _log(name: str, fields: dict[str, Any]) -> None:
     level = EVENTS[name].level
     if not logger.isEnabledFor(level):
         return
-    if "where" in fields and not logger.isEnabledFor(logging.DEBUG):
+    ours = fields.get("error_type") in _OWN_ERRORS
+    if "where" in fields and not ours and not logger.isEnabledFor(logging.DEBUG):
         fields = {k: v for k, v in fields.items() if k != "error"}
+    repeated = _repeated(name, fields)
+    if repeated is None:
+        return
+    if repeated:
+        fields = {**fields, "repeated": repeated}
     logger.log(level, name, extra={"fields": fields})
+
+
+_said: dict[tuple[str, str, str], tuple[float, int]] = {}
+
+
+def _repeated(name: str, fields: dict[str, Any]) -> int | None:
+    """Return how often a failure was left out since it was last said; None to leave it out now.
+
+    While a server is away every part fails again and again, with the same words.
+    """
+    if not name.endswith(".failed") or name in ("worker.failed", "on_dead.failed"):
+        return 0
+    key = (name, str(fields.get("group")), str(fields.get("error")))
+    said_at, left_out = _said.get(key, (float("-inf"), 0))
+    now = time.monotonic()
+    if now - said_at < SAY_AGAIN_S:
+        _said[key] = (said_at, left_out + 1)
+        return None
+    if len(_said) >= _MOST_SAID:
+        _said.clear()
+    _said[key] = (now, 0)
+    return left_out
 
 
 def configure(form: Literal["json", "text"], level: int = logging.INFO) -> None:
@@ -83,6 +116,10 @@ class TextLines(logging.Formatter):
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        value = round(value, 3)
+    elif isinstance(value, list):
+        value = ",".join(map(str, value))
     text = _escaped(str(value))
     return f'"{text}"' if " " in text or not text else text
 

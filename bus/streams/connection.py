@@ -75,6 +75,8 @@ class Connection:
         self._queue: list[_Request] = []
         self._pump: asyncio.Task[None] | None = None
         self._closed = False
+        self._given_up = False  # whether the exchange under way was ended by the watchdog
+        self._was_lost = False
         self.client_id: int | None = None  # the server's name for the connection, if it was asked
 
     def submit(
@@ -108,8 +110,9 @@ class Connection:
         finally:
             self._pump = None
 
-    async def _exchange(self, batch: list[_Request]) -> None:  # noqa: C901 - one branch an end
-        sent = False
+    async def _exchange(self, batch: list[_Request]) -> None:  # noqa: C901, PLR0912 - one branch an end
+        sent = self._given_up = False
+        timeout_s = 0.0
         watchdog: asyncio.TimerHandle | None = None
         try:
             raw = self._raw
@@ -120,9 +123,11 @@ class Connection:
             if raw is None or not raw.is_connected:
                 self.client_id = None
                 raw = self._raw = await self._server.open()
-            watchdog = asyncio.get_running_loop().call_later(
-                max(r.timeout_s for r in batch), self._give_up, raw
-            )
+                if self._was_lost:
+                    self._was_lost = False
+                    self._telemetry.emit("connection.restored", role=self._role)
+            timeout_s = max(r.timeout_s for r in batch)
+            watchdog = asyncio.get_running_loop().call_later(timeout_s, self._give_up, raw)
             sent = True
             await raw.send_packed_command([r.packed for r in batch], check_health=False)
             moved = False
@@ -137,7 +142,10 @@ class Connection:
                 self._raw = self.client_id = None
                 await raw.disconnect(nowait=True)
         except (TimeoutError, redis_errors.RedisError, OSError) as error:
-            self._fail(batch, ConnectionLost(f"connection lost: {reason_of(error)}", sent=sent))
+            why = f"connection lost: {reason_of(error)}"
+            if self._given_up:
+                why = f"no answer within {timeout_s:g} s"
+            self._fail(batch, ConnectionLost(why, sent=sent))
         except BusError as error:
             self._fail(batch, error)
         except Exception as error:  # uvloop raises RuntimeError for a transport that was closed
@@ -154,6 +162,7 @@ class Connection:
         if self._raw is not None:
             _drop(self._raw)
             self._raw = self.client_id = None
+            self._was_lost = True
             if not quiet and not self._closed:
                 self._telemetry.emit(
                     "connection.lost",
@@ -169,6 +178,7 @@ class Connection:
 
     def _give_up(self, raw: AbstractConnection) -> None:
         """End a hung exchange: the read in progress fails within a millisecond."""
+        self._given_up = True
         _drop(raw)
 
     async def close(self) -> None:

@@ -53,7 +53,10 @@ class ReplyError(BusError):
     """
 
     def __init__(self, code: str, text: str) -> None:
-        super().__init__(f"{code} {text}" if code in _SAFE_TEXT else code)
+        shown = text.partition(" script: ")[0]
+        if not shown.startswith(code):
+            shown = f"{code} {shown}"
+        super().__init__(shown if code in _SAFE_TEXT else code)
         self.code = code
         self.text = text
 
@@ -75,7 +78,9 @@ class ReplyError(BusError):
         if self.code == "WRONGTYPE":
             return WrongKeyType(f"the key {key} holds another Redis type than it should")
         if self.code == "NOPERM":
-            return PermissionDenied(f"the user may not write to {key}")
+            return PermissionDenied(
+                f"the user lacks a right on {key}: docs/wire.md lists the commands that are needed"
+            )
         return self
 
 

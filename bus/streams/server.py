@@ -95,7 +95,7 @@ class Standalone:
         return TcpConnection, settings
 
 
-async def check_server(
+async def check_server(  # noqa: C901 - one branch a reason to refuse
     connection: Connection, server: Server, *, allow_eviction: bool = False
 ) -> None:
     """Refuse a server that cannot keep our promises, with the remedy in the error.
@@ -116,6 +116,8 @@ async def check_server(
     try:
         ping, probe, info = await connection.submit(packed, 3)
     except ConnectionLost as error:
+        if "no answer" in str(error):
+            raise ServerUnreachable(f"{where} accepts connections and gives {error}") from None
         raise ServerUnreachable(
             f"{where} ended the connection ({error}): is it a Redis or Valkey server,"
             " and does the URL say rediss:// where it expects TLS?"

@@ -137,7 +137,8 @@ class TopicTable:
             f"topic {name} is declared with {ours.partitions} partitions here and"
             f" recorded with {recorded.partitions}"
             f"{' (by its first use)' if recorded.implicit else ''}:"
-            " declare the recorded number, or empty the topic first"
+            " declare the recorded number, or empty the topic first (XTRIM"
+            f" {keys.stream(name, 0)} MAXLEN 0, and so on) if its use was a mistake"
         )
 
     async def _agree(self, name: str) -> Record:

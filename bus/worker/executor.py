@@ -12,7 +12,7 @@ from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any
 
-from bus.config import UNKNOWN_TYPE_MAX_AGE_S, UNKNOWN_TYPE_PARK_S
+from bus.config import RETRY_LATER_MIN_S, UNKNOWN_TYPE_MAX_AGE_S, UNKNOWN_TYPE_PARK_S
 from bus.delivery import (
     ACK,
     HAND_BACK,
@@ -208,13 +208,12 @@ class Executor:
         if isinstance(error, Reject):
             return DeadLetter("rejected", failure_of(error, error.reason))
         if isinstance(error, RetryLater):
-            return Park(error.delay_s, reason=str(error))
+            return Park(max(error.delay_s, RETRY_LATER_MIN_S), reason=str(error))
         if isinstance(error, asyncio.CancelledError):
             if slot.cancel_reason == "timeout":
                 limit = self._handler.timeout_s
-                return self._failed(
-                    delivery, Failure("TimeoutError", f"ran longer than timeout_s = {limit}")
-                )
+                text = f"ran longer than timeout_s = {limit}"
+                return self._failed(delivery, Failure("TimeoutError", text, where=text))
             if slot.cancel_reason or (slot.task is not None and slot.task.torn_down):
                 return HAND_BACK
             return self._failed(delivery, failure_of(error, "the handler cancelled itself"))

@@ -34,12 +34,10 @@ class Janitor:
                 await self._forget_dead_workers(stream)
         except BusError as error:
             self._telemetry.emit(
-                "worker.failed",
+                "janitor.failed",
                 worker=self._name.decode(),
-                part="janitor",
                 error_type=type(error).__name__,
                 error=str(error),
-                where="",
             )
 
     async def _forget_dead_workers(self, stream: str) -> None:

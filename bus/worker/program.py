@@ -42,9 +42,30 @@ class Options:
         checked_number(self.processes, "processes", 1, 1_000, whole=True)
 
 
-def check_declarations(bus: WorkersBus, options: Options) -> None:
-    """Collect the handlers as a worker would, and start nothing. Errors: DeclarationError."""
-    _worker(bus, options)
+async def preflight(bus: WorkersBus, options: Options) -> int:
+    """Collect the handlers and check the server as a worker would, and start nothing.
+
+    Returns the exit code that every process would end with, 0 if they can start.
+    """
+    try:
+        _worker(bus, options)
+        await bus.ready()
+    except BusError as error:
+        return _code_of(error)
+    return DRAINED
+
+
+def _code_of(error: BusError) -> int:
+    """Log what ended the program, and return its exit code."""
+    log = logging.getLogger("bus")
+    if isinstance(error, DeclarationError):
+        log.error("%s", error)
+        return USAGE
+    if isinstance(error, ServerUnreachable):
+        log.error("%s", error)
+        return UNREACHABLE
+    log.error("%s: %s", type(error).__name__, error)
+    return FAILED
 
 
 def _worker(bus: WorkersBus, options: Options) -> Worker:
@@ -57,7 +78,7 @@ def _worker(bus: WorkersBus, options: Options) -> Worker:
     )
 
 
-async def serve(bus: WorkersBus, options: Options) -> int:  # noqa: C901 - one life, told once
+async def serve(bus: WorkersBus, options: Options) -> int:
     """Run a worker until SIGTERM or SIGINT has drained it; return the exit code.
 
     A second signal ends the process at once with 130; the leases do the rest.
@@ -99,15 +120,8 @@ async def serve(bus: WorkersBus, options: Options) -> int:  # noqa: C901 - one l
         if broke.done():
             await broke
         broke.cancel()
-    except DeclarationError as error:
-        log.error("%s", error)
-        return USAGE
-    except ServerUnreachable as error:
-        log.error("%s", error)
-        return UNREACHABLE
     except BusError as error:
-        log.error("%s: %s", type(error).__name__, error)
-        return FAILED
+        return _code_of(error)
     except Exception:
         log.exception("the worker failed")
         return FAILED

@@ -58,7 +58,7 @@ async def test_an_error_of_the_janitor_is_told_and_does_not_end_the_worker(
     async with Worker(bus, [read]) as worker:
         await backend.redis.delete(f"{STREAM}:workers")
         await backend.redis.set(f"{STREAM}:workers", "no set")
-        await eventually(lambda: witness.of("worker.failed", part="janitor"))
+        await eventually(lambda: witness.of("janitor.failed"))
         await backend.redis.delete(f"{STREAM}:workers")
         await bus.publish(Asked(n=1))
         await worker.drained()
