@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -372,3 +373,20 @@ async def test_a_second_signal_to_the_parent_reaches_the_children(
     parent.process.send_signal(signal.SIGINT)
     assert await parent.ended() == 130
     assert not any(alive(pid) for pid in pids)
+
+
+async def test_several_processes_end_as_one_would_when_nobody_answers() -> None:
+    """A restart cannot help a wrong URL: it is told once, and at once."""
+    worker_py = Path(__file__).parents[2] / "worker.py"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        worker_py,
+        "--processes",
+        "3",
+        "--url",
+        "redis://127.0.0.1:1",
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, said = await process.communicate()
+    assert process.returncode == 69
+    assert said.count(b"nobody answers") == 1
