@@ -93,8 +93,11 @@ class Publisher:
         self, event: Event, event_id: str | None = None, headers: Headers | None = None
     ) -> Receipt:
         """Append one event and wait until the server has it. See `Bus.publish`."""
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
-        route = await self._route(event, deadline)
+        now = asyncio.get_running_loop().time()
+        deadline = now + self._timeout_s
+        route = self._routes.get(event.__class__)
+        if route is None or now >= route.stale_at or self._unrouted:
+            route = await self._route(event, deadline)
         event_id, stream, args, size = self._encoded(route, event, event_id, headers)
         ms, at = await self._sender(stream).add(Unit(1, size, [1, *args], deadline))
         return Receipt(event_id, stream, f"{ms}-{at}")
