@@ -25,11 +25,6 @@ def stream(topic: str, partition: int) -> str:
     return f"bus:{{{topic}:{partition}}}"
 
 
-def topic_of(stream_key: str) -> str:
-    """Return the topic that a stream key belongs to."""
-    return stream_key.partition("{")[2].rpartition(":")[0]
-
-
 def dead(stream_key: str, group: str) -> str:
     """Return the key of the dead letters of `group` for one stream."""
     return f"{stream_key}:dead:{group}"

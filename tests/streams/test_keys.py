@@ -32,11 +32,6 @@ def test_everything_of_a_partition_has_its_hash_tag():
         assert key[key.index("{") : key.index("}") + 1] == "{document:3}"
 
 
-def test_the_topic_can_be_read_off_a_stream():
-    assert keys.topic_of(STREAM) == "document"
-    assert keys.topic_of(keys.stream("a.b_c-d", 11)) == "a.b_c-d"
-
-
 def test_processes_that_serve_the_same_groups_share_a_sweep():
     assert keys.sweep(STREAM, ["a", "b"]) == keys.sweep(STREAM, iter(["b", "a"]))
     assert keys.sweep(STREAM, ["a"]) != keys.sweep(STREAM, ["b"])
