@@ -10,12 +10,12 @@ State is a place that `redis-cli` can show:
 idle = time since the failure; the delivery count stays | due: taken by a worker, count + 1 |
 | orphaned | pending, owner = a worker whose lease is gone, or idle >= visibility | reclaim |
 | acked | in the stream only | trim |
-| dead-lettered | the group's dead-letter stream, with the reason | XDEL by hand (redrive comes later) |
+| dead-lettered | the group's dead-letter stream, with the reason | XDEL, by hand |
 | lost | a pending id whose entry was trimmed by hand | acked, counted, told; never silent |
 
 A *verdict* ends an attempt. The executor decides it (`worker/executor.py`, no I/O); the settler
-brings it to the server in batches (`worker/settler.py`), by scripts that do nothing unless the entry
-is still pending *and still this worker's*:
+brings it to the server in batches (`worker/settler.py`), by scripts that do nothing unless the
+entry is still pending *and still this worker's*:
 
     Ack         the handler returned, or the type was not asked for        XACK
     Park        it raised, or said RetryLater, or the type is not known    XCLAIM to a lane
