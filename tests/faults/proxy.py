@@ -78,12 +78,12 @@ class Proxy:
         server: asyncio.StreamReader,
         to_server: asyncio.StreamWriter,
     ) -> None:
-        marked = False
+        asked = b""  # judged when the answer comes: a blocked read was sent long before
 
         async def requests() -> None:
-            nonlocal marked
+            nonlocal asked
             while chunk := await client.read(CHUNK):
-                marked = bool(self._words) and self._words in chunk
+                asked = chunk
                 to_server.write(chunk)
                 await to_server.drain()
             to_server.close()
@@ -91,7 +91,8 @@ class Proxy:
         forward = asyncio.create_task(requests())
         try:
             while chunk := await server.read(CHUNK):
-                if marked and self._left and not chunk.endswith(b"*-1\r\n"):
+                wanted = bool(self._words) and self._words in asked
+                if wanted and self._left and not chunk.endswith(b"*-1\r\n"):
                     self._left -= 1
                     self.lost += 1
                     return
