@@ -13,6 +13,21 @@ BATCH_BYTES = 1024 * 1024  # the same bound for large events
 UNIT_EVENTS = 5_000  # the largest atomic publish_many; the server is busy for about 10 ms
 UNIT_BYTES = 8 * 1024 * 1024
 
+# --- how long a stream may grow
+MAXLEN = 1_000_000  # about 300 MB of 250-byte events; a day of 10 a second
+MAXLEN_MAX = 1_000_000_000_000
+KEEP_SHARE = 10  # keep is maxlen / 10 unless said otherwise: the rest is for slow groups
+SLACK = 1_000  # what a stream may stand above keep before an append trims...
+SLACK_SHARE = 10  # ...at most a tenth of the room, so that small streams stand at keep, too
+RESERVE = 1_000  # entries above maxlen for what handlers publish, at least...
+RESERVE_SHARE = 20  # ...a twentieth of maxlen, if that is more
+ROOM_WAIT_S = 0.05  # longest pause between two looks for room: publishers resume within 100 ms
+FULL_SHARE = 0.8  # of the room between keep and maxlen: then parked entries are moved aside
+UNSERVED_SHARE = 0.5  # of the room pinned by a group that nobody serves: an alert
+PRESSURE_S = 1.0  # how soon a worker notices that a stream is filling up
+MOVED_PER_CALL = 100  # parked entries moved aside by one script
+RESERVE_FULL_PARK_S = 1.0  # a delivery whose publish found even the reserve full comes again
+
 # --- connections
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 5.0  # a command without BLOCK that takes longer: the connection is given up

@@ -16,8 +16,10 @@ BusError
 │   └── WrongKeyType          a key that should be a stream holds something else
 ├── BusClosed                 the bus was closed before; connect again
 └── PublishError              a publish did not end well
-    ├── PublishTimeout        not published: nothing was sent, or the server refused it to the end
-    └── PublishUnknown        sent, and no answer came in time: it may have been published
+    ├── PublishTimeout        not published: it could not be sent in time
+    │   └── PublishRefused    not published: the server answered and refused to the end, see `.code`
+    ├── PublishUnknown        sent, and no answer came in time: it may have been published
+    └── StreamFull            not published: no room, see `.group` for who needs what is there
 
 `Reject` and `RetryLater` are not errors of the bus: a handler raises them to end its attempt.
 """
@@ -91,8 +93,42 @@ class PublishTimeout(PublishError):
     """The event was certainly not published within `publish_timeout_s`."""
 
 
+class PublishRefused(PublishTimeout):
+    """The server answered and would not take the event within `publish_timeout_s`.
+
+    code: why, as the server says it: OOM (out of memory), READONLY (a replica, or a demoted
+    primary), MISCONF (it cannot save to disk), LOADING, BUSY, NOREPLICAS, ...
+    """
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
 class PublishUnknown(PublishError):
     """The event was sent, and whether it was published is not known."""
+
+
+class StreamFull(PublishError):
+    """The stream is at its `maxlen` and nothing of it may go; the event was not published.
+
+    stream: its key. group: the group that needs the oldest entry, "" if none does. pending,
+    undelivered: its backlog as the server knows it; None where it does not.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        stream: str = "",
+        group: str = "",
+        pending: int | None = None,
+        undelivered: int | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.stream = stream
+        self.group = group
+        self.pending = pending
+        self.undelivered = undelivered
 
 
 class Reject(Exception):

@@ -204,7 +204,7 @@ class Publisher:
     async def _ask_route(self, cls: type[Event], info: EventInfo) -> _Route:
         loop = asyncio.get_running_loop()
         try:
-            partitions, _ = await self._topics.partitions(info.topic)
+            partitions = (await self._topics.record(info.topic)).partitions
         except BusError as error:
             known = self._routes.get(cls)
             if known is None or not is_transient(error):

@@ -125,6 +125,9 @@ EVENTS: dict[str, Emitted] = {
     "consumer.forgotten": Emitted(
         _I, ("stream", "group", "consumer"), "a dead worker with nothing pending was removed"
     ),
+    "topic.differs": Emitted(
+        _W, ("topic", "differences"), "declared otherwise than recorded; what is recorded holds"
+    ),
     "topic.recorded": Emitted(_I, ("topic", "partitions", "implicit"), "first use of a topic"),
     # connections
     "connection.lost": Emitted(

@@ -3,10 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal, get_args
 
-from bus.config import checked_name, checked_number
-from bus.errors import DeclarationError, NotSupported
+from bus.config import KEEP_SHARE, MAXLEN, MAXLEN_MAX, checked_name, checked_number
+from bus.errors import DeclarationError
 from bus.event import known_events, type_matches
+
+
+OnFull = Literal["block", "reject", "drop_oldest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,26 +20,46 @@ class Topic:
     name: as in `bus:{name:0}`; see `config.checked_name`.
     partitions: streams the topic is spread over, 1 to 1,024; events of one key share one. Fixed
         by the first process that uses the topic.
-    maxlen, keep, on_full, retention: caps and time retention are not part of this release;
-        anything but None raises NotSupported.
+    maxlen: entries a stream may hold; publishers outside handlers never take it past that.
+    keep: entries of history that stay although every group is done with them; below `maxlen`,
+        by default a tenth of it. What lies between is how far a group may fall behind.
+    on_full: what a publish does that finds no room: "block" waits, "reject" raises StreamFull
+        at once, "drop_oldest" deletes the oldest entries, handled or not, and says so.
+    retention: what is older goes too, as soon as every group is done with it; None for no limit.
+    Errors: DeclarationError.
     """
 
     name: str
     partitions: int = 1
-    maxlen: int | None = None
-    keep: int | None = None
-    on_full: str | None = None
+    maxlen: int = MAXLEN
+    keep: int = None  # type: ignore[assignment] # filled in below, so that readers find a number
+    on_full: OnFull = "block"
     retention: timedelta | None = None
 
     def __post_init__(self) -> None:
-        checked_name(self.name, "topic name")
-        checked_number(self.partitions, f"topic {self.name}: partitions", 1, 1024, whole=True)
-        for parameter in ("maxlen", "keep", "on_full", "retention"):
-            if getattr(self, parameter) is not None:
-                raise NotSupported(
-                    f"topic {self.name}: {parameter} is not part of this release;"
-                    " streams grow until they are trimmed by hand"
-                )
+        name = checked_name(self.name, "topic name")
+        checked_number(self.partitions, f"topic {name}: partitions", 1, 1024, whole=True)
+        checked_number(self.maxlen, f"topic {name}: maxlen", 2, MAXLEN_MAX, whole=True)
+        if self.keep is None:
+            object.__setattr__(self, "keep", max(1, self.maxlen // KEEP_SHARE))
+        checked_number(self.keep, f"topic {name}: keep", 1, MAXLEN_MAX, whole=True)
+        if self.keep >= self.maxlen:
+            raise DeclarationError(
+                f"topic {name}: keep = {self.keep:,} must be below maxlen = {self.maxlen:,}:"
+                " what lies between is the room for groups that fall behind"
+            )
+        if self.on_full not in get_args(OnFull):
+            raise DeclarationError(
+                f"topic {name}: on_full is 'block', 'reject' or 'drop_oldest', not {self.on_full!r}"
+            )
+        if self.retention is not None and (
+            not isinstance(self.retention, timedelta)
+            or not timedelta(seconds=1) <= self.retention <= timedelta(days=36_500)
+        ):
+            raise DeclarationError(
+                f"topic {name}: retention is a timedelta of 1 second to 100 years,"
+                f" not {self.retention!r}"
+            )
 
 
 def topics_of(patterns: Iterable[str], declared: Iterable[str] = ()) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ async def history(
     patterns = None if types is None else [_pattern(t) for t in types]
     for pattern in patterns or ():
         type_matches(pattern, "")  # raises for one that is none, before anything is read
-    partitions = await topics.recorded_partitions(checked_name(topic, "topic name"))
+    partitions = (await topics.recorded(checked_name(topic, "topic name"))).partitions
     readers = [_Reader(store, s, first, last) for s in topics.streams(topic, partitions)]
     heads = [(r, await r.next()) for r in readers]
     waiting = [(r, e) for r, e in heads if e is not None]

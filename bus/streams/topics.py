@@ -1,9 +1,10 @@
 """What the server recorded of each topic, and what this process declared.
 
-`bus:topics` is a hash, topic -> JSON such as `{"partitions":4}` or
-`{"partitions":1,"implicit":true}`. The first process to use a topic records it. A record marked
+`bus:topics` is a hash, topic -> JSON: partitions, maxlen, keep, on_full, retention_s, implicit.
+The first process to use a topic records it. A record marked
 implicit was made by a process that only used the topic; the first declaration replaces it while
-the streams are empty. Whoever knows a record writes it again when the server has lost it.
+the streams are empty. Partition counts must agree; other differences are told, and what is
+recorded holds. Whoever knows a record writes it again when the server has lost it.
 """
 
 import asyncio
@@ -12,20 +13,60 @@ from typing import Annotated
 
 import msgspec
 
+from bus.config import KEEP_SHARE, MAXLEN, RESERVE, RESERVE_SHARE, SLACK, SLACK_SHARE
 from bus.errors import DeclarationError, TopicMismatch
 from bus.streams import keys
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
-from bus.topic import Topic
+from bus.topic import OnFull, Topic
 
 RECORD_TTL_S = 5.0  # how soon a process notices that a record was replaced, or lost
 
 
-class Record(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is recorded of a topic. Unknown fields of later releases are left alone."""
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What is recorded of a topic. Unknown fields of later releases are left alone.
+
+    retention_s: in seconds, None for no limit. implicit: by its first use, not by a declaration.
+    """
 
     partitions: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    maxlen: Annotated[int, msgspec.Meta(ge=2)] = MAXLEN
+    keep: _Count = MAXLEN // KEEP_SHARE
+    on_full: OnFull = "block"
+    retention_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     implicit: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep >= self.maxlen:
+            raise ValueError(f"keep = {self.keep} is not below maxlen = {self.maxlen}")
+
+    @classmethod
+    def of(cls, topic: Topic) -> "Record":
+        """Return what a declaration records."""
+        retention_s = None if topic.retention is None else topic.retention.total_seconds()
+        return cls(topic.partitions, topic.maxlen, topic.keep, topic.on_full, retention_s)
+
+    @property
+    def slack(self) -> int:
+        """How far above `keep` a stream may stand before an append trims it, in entries."""
+        return max(1, min(SLACK, (self.maxlen - self.keep) // SLACK_SHARE))
+
+    @property
+    def reserve(self) -> int:
+        """The entries above `maxlen` that only handlers' own publishes may use."""
+        return max(RESERVE, self.maxlen // RESERVE_SHARE)
+
+    def differences(self, other: "Record") -> str:
+        """Return where `other` differs in marks, as text; "" if nowhere."""
+        marks = ("maxlen", "keep", "on_full", "retention_s")
+        return ", ".join(
+            f"{m} {getattr(self, m)} recorded, {getattr(other, m)} declared"
+            for m in marks
+            if getattr(self, m) != getattr(other, m)
+        )
 
 
 class TopicTable:
@@ -36,6 +77,7 @@ class TopicTable:
         self._telemetry = telemetry
         self._declared: dict[str, Topic] = {}
         self._known: dict[str, tuple[Record, float]] = {}
+        self._told: dict[str, str] = {}  # topic -> the differences that were told
         self._lock = asyncio.Lock()
         for topic in declared:
             self.declare(topic)
@@ -66,28 +108,28 @@ class TopicTable:
         for name in self._declared:
             await self._holds(name, await self._store.topic_record(name))
 
-    async def recorded_partitions(self, name: str) -> int:
-        """Return the partition count of a topic without recording anything. HGET."""
+    async def recorded(self, name: str) -> Record:
+        """Return what holds for a topic without recording anything. HGET."""
         standing = await self._store.topic_record(name)
         if standing:
-            return _parsed(name, standing).partitions
+            return _parsed(name, standing)
         declared = self._declared.get(name)
-        return declared.partitions if declared else 1
+        return Record.of(declared) if declared else Record(1, implicit=True)
 
-    async def partitions_to_read(self, name: str) -> int:
-        """Return the partition count of a topic; record it only if we know it from elsewhere.
+    async def record_to_read(self, name: str) -> Record:
+        """Return what holds for a topic; record it only if we know it from elsewhere.
 
         A worker that merely reads must not be the one who says that a topic has one partition:
         after a server lost its data that would contradict publishers who know better.
         """
         if self._ours(name) is None:
-            record = await self._store.topic_record(name)
-            if not record:
-                return 1
-        return (await self.partitions(name))[0]
+            standing = await self._store.topic_record(name)
+            if not standing:
+                return Record(1, implicit=True)
+        return await self.record(name)
 
-    async def partitions(self, name: str) -> tuple[int, bool]:
-        """Return the partition count of a topic and whether it may still change.
+    async def record(self, name: str) -> Record:
+        """Return what holds for a topic, at most RECORD_TTL_S old; record it if nobody has.
 
         HGET of bus:topics at first use; one script to record. Errors: TopicMismatch.
         """
@@ -99,7 +141,7 @@ class TopicTable:
                     record = await self._agree(name)
                     until = asyncio.get_running_loop().time() + RECORD_TTL_S
                     self._known[name] = (record, until)
-        return record.partitions, record.implicit
+        return record
 
     def _fresh(self, name: str) -> Record | None:
         known = self._known.get(name)
@@ -112,7 +154,7 @@ class TopicTable:
         """Return what we would record: our declaration, or what we know to have been declared."""
         declared = self._declared.get(name)
         if declared is not None:
-            return Record(declared.partitions)
+            return Record.of(declared)
         known = self._known.get(name)
         return known[0] if known is not None and not known[0].implicit else None
 
@@ -127,7 +169,10 @@ class TopicTable:
         if ours is None:
             return recorded
         if recorded.partitions == ours.partitions:
-            return None if recorded.implicit else recorded
+            if recorded.implicit:
+                return None
+            self._tell_differences(name, recorded, ours)
+            return recorded
         streams = self.streams(name, recorded.partitions)
         if recorded.implicit and not await self._store.any_entries(streams):
             return None
@@ -140,6 +185,14 @@ class TopicTable:
             " declare the recorded number, or empty the topic first (XTRIM"
             f" {keys.stream(name, 0)} MAXLEN 0, and so on) if its use was a mistake"
         )
+
+    def _tell_differences(self, name: str, recorded: Record, ours: Record) -> None:
+        """Say, once, that other marks are recorded than were declared here."""
+        text = recorded.differences(ours) if name in self._declared else ""
+        if text != self._told.get(name, ""):
+            self._told[name] = text
+            if text:
+                self._telemetry.emit("topic.differs", topic=name, differences=text)
 
     async def _agree(self, name: str) -> Record:
         ours = self._ours(name) or Record(1, implicit=True)

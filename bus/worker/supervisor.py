@@ -171,7 +171,7 @@ class Worker:
         wanted: list[tuple[Consumer, str]] = []
         for consumer in self._consumers:
             for topic in consumer.handler.reads():
-                partitions = await self._bus.topics.partitions_to_read(topic)
+                partitions = (await self._bus.topics.record_to_read(topic)).partitions
                 streams = self._bus.topics.streams(topic, partitions)
                 wanted += [(consumer, s) for s in streams if s not in consumer.hands]
         if not wanted:
