@@ -34,12 +34,14 @@ from bus.errors import (
 )
 from bus.event import Event
 from bus.handler import Handler, Registry, event_handler
+from bus.history.inspector import Backlog
 from bus.publisher import Receipt
 from bus.topic import Topic
 from bus.worker.supervisor import Worker
 
 __all__ = [
     "AuthenticationFailed",
+    "Backlog",
     "Backoff",
     "Bus",
     "BusClosed",

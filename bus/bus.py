@@ -13,6 +13,7 @@ from bus.delivery import Envelope
 from bus.errors import DeclarationError, NotSupported
 from bus.event import Event
 from bus.history.event_store import history
+from bus.history.inspector import Backlog, backlog
 from bus.history.position import Position
 from bus.publisher import Publisher, Receipt
 from bus.streams.address import parse_url
@@ -216,6 +217,16 @@ class Bus:
         raises Undecodable for an entry that is not what its type says; the iteration goes on.
         """
         return history(self.store, self.topics, topic, since, until, types)
+
+    async def backlog(self, topic: str) -> Backlog:
+        """Return how far behind the groups of `topic` are, and who holds its streams since when.
+
+        `print(await bus.backlog("document"))` shows a line per group. Three round trips for up to
+        64 partitions, about 100 entries per group and stream; where the server keeps no counter
+        (Redis 6.2), up to 10,000 more are counted, 1,000 a round trip.
+        Errors: DeclarationError for a bad name; WrongKeyType; ServerError.
+        """
+        return await backlog(self.store, self.topics, topic)
 
     # --- the application's own state
 

@@ -97,7 +97,7 @@ class PublishRefused(PublishTimeout):
     """The server answered and would not take the event within `publish_timeout_s`.
 
     code: why, as the server says it: OOM (out of memory), READONLY (a replica, or a demoted
-    primary), MISCONF (it cannot save to disk), LOADING, BUSY, NOREPLICAS, ...
+    primary), MISCONF (it cannot save to disk), LOADING, BUSY, NOREPLICAS or another of its codes.
     """
 
     def __init__(self, text: str, code: str) -> None:
@@ -113,7 +113,7 @@ class StreamFull(PublishError):
     """The stream is at its `maxlen` and nothing of it may go; the event was not published.
 
     stream: its key. group: the group that needs the oldest entry, "" if none does. pending,
-    undelivered: its backlog as the server knows it; None where it does not.
+    undelivered: its backlog as the server knows it, None where it does not.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ from bus.streams import keys
 from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
 from bus.streams.connection import Arg
 from bus.streams.stream import StreamStore
-from bus.streams.topics import RECORD_TTL_S, TopicTable
+from bus.streams.topics import RECORD_TTL_S, Record, TopicTable
 from bus.telemetry import Telemetry
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: its order is sort order
@@ -51,10 +51,13 @@ class Receipt(msgspec.Struct, frozen=True):
 class _Route:
     """Where the events of one class go."""
 
-    __slots__ = ("info", "stale_at", "streams")
+    __slots__ = ("info", "record", "stale_at", "streams")
 
-    def __init__(self, info: EventInfo, streams: list[str], stale_at: float) -> None:
+    def __init__(
+        self, info: EventInfo, record: Record, streams: list[str], stale_at: float
+    ) -> None:
         self.info = info
+        self.record = record
         self.streams = streams
         self.stale_at = stale_at  # loop time after which the partition count is asked for again
 
@@ -85,6 +88,7 @@ class Publisher:
         self._id = secrets.token_hex(8)
         self._ids = _EventIds()
         self._senders: dict[str, Sender] = {}
+        self._inside: dict[str, Sender] = {}  # for what handlers publish, which never waits
         self._routes: dict[type[Event], _Route] = {}
         self._routing: dict[str, asyncio.Lock] = {}
         self._unrouted = 0
@@ -99,7 +103,8 @@ class Publisher:
         if route is None or now >= route.stale_at or self._unrouted:
             route = await self._route(event, deadline)
         event_id, stream, args, size = self._encoded(route, event, event_id, headers)
-        ms, at = await self._sender(stream).add(Unit(1, size, [1, *args], deadline))
+        sender = self._sender(stream, route.record)
+        ms, at = await sender.add(Unit(1, size, [1, *args], deadline))
         return Receipt(event_id, stream, f"{ms}-{at}")
 
     async def publish_many(
@@ -108,14 +113,17 @@ class Publisher:
         """Append events, atomically per stream. See `Bus.publish_many`."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         by_stream: dict[str, list[tuple[int, str, list[Arg], int]]] = {}
+        records: dict[str, Record] = {}
         total = 0
         for position, event in enumerate(events):
             route = await self._route(event, deadline)
             event_id, stream, args, size = self._encoded(route, event, None, headers)
             by_stream.setdefault(stream, []).append((position, event_id, args, size))
+            records[stream] = route.record
             total += 1
-        units = {s: _unit_of(s, items, deadline) for s, items in by_stream.items()}
-        futures = [self._sender(s).add(u) for s, u in units.items()]
+        senders = {s: self._sender(s, records[s]) for s in by_stream}
+        units = {s: _unit_of(s, items, senders[s], deadline) for s, items in by_stream.items()}
+        futures = [senders[s].add(u) for s, u in units.items()]
         results = await asyncio.gather(*futures, return_exceptions=True)
         receipts: list[Receipt | None] = [None] * total
         failures: list[BaseException] = []
@@ -135,11 +143,11 @@ class Publisher:
 
     async def close(self) -> None:
         """Wait until everybody who waits for a publish has an outcome."""
-        awaited = [f for sender in self._senders.values() for f in sender.awaited()]
+        awaited = [f for sender in self._all_senders() for f in sender.awaited()]
         if awaited:
             await asyncio.wait(awaited, timeout=self._timeout_s)
         # What is left is waited for by nobody: callers that gave up, or were cancelled.
-        tasks = [sender.task for sender in self._senders.values() if sender.task is not None]
+        tasks = [sender.task for sender in self._all_senders() if sender.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -204,15 +212,15 @@ class Publisher:
     async def _ask_route(self, cls: type[Event], info: EventInfo) -> _Route:
         loop = asyncio.get_running_loop()
         try:
-            partitions = (await self._topics.record(info.topic)).partitions
+            record = await self._topics.record(info.topic)
         except BusError as error:
             known = self._routes.get(cls)
             if known is None or not is_transient(error):
                 raise
             known.stale_at = loop.time() + RECORD_TTL_S  # the server is away: what is known must do
             return known
-        streams = self._topics.streams(info.topic, partitions)
-        route = _Route(info, streams, loop.time() + RECORD_TTL_S)
+        streams = self._topics.streams(info.topic, record.partitions)
+        route = _Route(info, record, streams, loop.time() + RECORD_TTL_S)
         self._routes[cls] = route
         return route
 
@@ -221,23 +229,42 @@ class Publisher:
         fresh = route is not None and asyncio.get_running_loop().time() < route.stale_at
         return route if fresh else None
 
-    def _sender(self, stream: str) -> Sender:
-        sender = self._senders.get(stream)
+    def _all_senders(self) -> list[Sender]:
+        return [*self._senders.values(), *self._inside.values()]
+
+    def _sender(self, stream: str, record: Record) -> Sender:
+        """Return what publishes to `stream`; a handler's publishes have one of their own.
+
+        They may use the reserve and never wait for room, nor behind those who do: a handler must
+        not be held up by the backlog that it is there to reduce.
+        """
+        cause = current_delivery.get()
+        inside = cause is not None and not cause.settled
+        senders = self._inside if inside else self._senders
+        sender = senders.get(stream)
         if sender is None:
-            sender = self._senders[stream] = Sender(
-                stream, self._id, self._store, self._telemetry, self._timeout_s
+            own_id = f"{self._id}-handlers" if inside else self._id
+            sender = senders[stream] = Sender(
+                stream, own_id, self._store, self._telemetry, self._timeout_s
             )
+        if sender.record is not record:
+            sender.keep_to(record, inside=inside)
         return sender
 
 
 def _unit_of(
-    stream: str, items: Sequence[tuple[int, str, list[Arg], int]], deadline: float
+    stream: str, items: Sequence[tuple[int, str, list[Arg], int]], sender: Sender, deadline: float
 ) -> Unit:
     size = sum(i[3] for i in items)
     if len(items) > UNIT_EVENTS or size > UNIT_BYTES:
         raise InvalidEvent(
             f"publish_many takes {UNIT_EVENTS:,} events or {UNIT_BYTES // 1024**2} MiB for one"
             f" stream, not {len(items):,} events of {size:,} bytes for {stream}: split the list"
+        )
+    if len(items) > sender.limits.most - sender.limits.keep:
+        raise InvalidEvent(
+            f"{len(items):,} events can never be published at once to {stream}: there is room for"
+            f" {sender.limits.most - sender.limits.keep:,} between keep and maxlen; split the list"
         )
     args: list[Arg] = [len(items)]
     for item in items:

@@ -3,19 +3,38 @@
 A unit (one `publish`, or the part of a `publish_many` that goes to one stream) is appended whole
 or not at all. A batch whose outcome is unknown is sent again, unchanged and under the same
 sequence number, which the script recognises; nothing else is ever re-sent.
+
+The script takes as many units as fit. What is left stays first in line, so the order of calls is
+kept, until there is room: one asker per sender looks for it without sending the events again.
 """
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 
-from tenacity import AsyncRetrying, retry_if_exception, stop_never, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception,
+    retry_if_result,
+    stop_never,
+    wait_random_exponential,
+)
 
-from bus.config import BATCH_BYTES, BATCH_EVENTS, REPLY_TIMEOUT_S
-from bus.errors import BusError, PublishTimeout, PublishUnknown, ServerUnreachable
+from bus.config import BATCH_BYTES, BATCH_EVENTS, REPLY_TIMEOUT_S, ROOM_WAIT_S
+from bus.errors import (
+    BusError,
+    PublishRefused,
+    PublishTimeout,
+    PublishUnknown,
+    ServerUnreachable,
+    StreamFull,
+)
+from bus.streams.answers import Appended, Limits, Room
 from bus.streams.connection import Arg, ConnectionLost
 from bus.streams.replies import TRANSIENT, ReplyError
-from bus.streams.stream import Appended, StreamStore
+from bus.streams.stream import StreamStore
+from bus.streams.topics import Record
 from bus.telemetry import Telemetry
 
 
@@ -33,7 +52,11 @@ class Unit:
 
 
 class Sender:
-    """The publishes of one stream: a queue, and at most one script call in flight."""
+    """The publishes of one stream: a queue, and at most one script call in flight.
+
+    record: of the topic. limits: how long the stream may grow by it. waits: whether callers wait
+    for room, until their deadlines; else they are told StreamFull at once.
+    """
 
     def __init__(
         self,
@@ -43,10 +66,15 @@ class Sender:
         telemetry: Telemetry,
         patience_s: float,
     ) -> None:
+        self.record: Record | None = None  # until `keep_to`, before anything is added
+        self.limits = Limits(1, 1, 1)
+        self.waits = False
         self._stream = stream
         self._publisher_id = publisher_id
         self._store = store
         self._telemetry = telemetry
+        self._full: Room | None = None  # what was found when there was no room, until there is
+        self._full_since = 0.0
         self._timeout_s = min(patience_s, REPLY_TIMEOUT_S)
         self._units: deque[Unit] = deque()
         self._in_flight: list[Unit] = []
@@ -57,6 +85,12 @@ class Sender:
         self._sequence = 0
         self._deadline: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None
+
+    def keep_to(self, record: Record, *, inside: bool) -> None:
+        """Publish within the marks of `record` from now on; `inside`: for handlers."""
+        self.record = record
+        self.limits = record.limits(inside=inside)
+        self.waits = record.on_full == "block" and not inside
 
     def add(self, unit: Unit) -> "asyncio.Future[tuple[str, int]]":
         """Queue a unit; its future gives the id of its first event as (ms, sequence)."""
@@ -76,7 +110,11 @@ class Sender:
     async def _drain(self) -> None:
         try:
             while self._units:
-                await self._send(self._next_batch())
+                batch = self._next_batch()
+                if batch:
+                    await self._send(batch)
+                if self._full is not None and self.waits:
+                    await self._wait_for_room()
         finally:
             self.task = None
             self._in_flight = []
@@ -89,6 +127,9 @@ class Sender:
         events = size = 0
         while self._units:
             unit = self._units[0]
+            if unit.future.done():  # the caller has gone, or been told that its time was up
+                self._units.popleft()
+                continue
             if batch and (events + unit.events > BATCH_EVENTS or size + unit.bytes > BATCH_BYTES):
                 break
             events += unit.events
@@ -113,17 +154,120 @@ class Sender:
             self._fail(batch, error)
             return
         at = where.sequence
-        for unit in batch:
+        taken = batch if where.units == len(batch) else batch[: where.units]
+        for unit in taken:
             if not unit.future.done():
                 unit.future.set_result((where.ms, at))
             at += unit.events
-        self._telemetry.emit(
-            "publish.appended",
-            stream=self._stream,
-            count=where.events,
-            bytes=sum(u.bytes for u in batch),
-            duration_s=time.perf_counter() - started,
+        if taken:
+            self._telemetry.emit(
+                "publish.appended",
+                stream=self._stream,
+                count=where.events,
+                bytes=sum(u.bytes for u in taken),
+                duration_s=time.perf_counter() - started,
+            )
+        self._tell_gone(where.room, where.dropped)
+        if taken is batch:
+            if self._full is not None:
+                self._full = None
+                full_s = time.perf_counter() - self._full_since
+                self._telemetry.emit("publish.resumed", stream=self._stream, full_s=full_s)
+        else:
+            self._in_flight = []
+            self._found_no_room(batch[where.units :], where.room)
+
+    # --- no room
+
+    def _found_no_room(self, left: list[Unit], room: Room) -> None:
+        """Put what was not taken first in line again; tell those who do not wait for room."""
+        self._tell_full(room)
+        if self.waits:
+            self._units.extendleft(u for u in reversed(left) if not u.future.done())
+            return
+        # One that is smaller than what stopped the others may fit yet.
+        smaller = [u for u in left if u.events <= room.entries]
+        refused = [u for u in left if u.events > room.entries]
+        self._units.extendleft(reversed(smaller))
+        for unit in refused:
+            if not unit.future.done():
+                unit.future.set_exception(self._no_room(room))
+                unit.future.exception()  # a caller that gave up never looks
+        if refused:
+            count = sum(u.events for u in refused)
+            self._telemetry.emit("publish.rejected", stream=self._stream, count=count)
+
+    async def _wait_for_room(self) -> None:
+        """Ask for room, without events, until the first in line fits or nobody waits any more."""
+        ask_again = AsyncRetrying(
+            retry=retry_if_result(lambda fits: not fits) | retry_if_exception(is_transient),
+            stop=stop_never,
+            wait=wait_random_exponential(multiplier=ROOM_WAIT_S / 4, max=ROOM_WAIT_S),
+            reraise=True,
         )
+        with contextlib.suppress(BusError):  # what is wrong with the server, the next append says
+            await ask_again(self._ask_for_room)
+
+    async def _ask_for_room(self) -> bool:
+        self._drop_cancelled()
+        if not self._units:
+            return True
+        room = await self._store.room(self._stream, self.limits, self._units[0].events)
+        self._tell_gone(room)
+        self._full = room
+        return not self._units or room.entries >= self._units[0].events
+
+    def _drop_cancelled(self) -> None:
+        """Forget the first in line whose callers have gone: nothing of them was sent."""
+        while self._units and self._units[0].future.done():
+            self._units.popleft()
+
+    def _no_room(self, room: Room) -> StreamFull:
+        """Return what a caller is told; each its own, since callers may add notes to it."""
+        what = f"{self._stream} is full ({self.limits.most:,} entries): the event was not published"
+        pinned = room.pinned
+        if pinned is None:
+            return StreamFull(what, self._stream)
+        backlog = f"{pinned.pending:,} pending"
+        if pinned.undelivered is not None:
+            backlog += f", {pinned.undelivered:,} not delivered yet"
+        return StreamFull(
+            f"{what}. Group {pinned.group} still needs what begins at {pinned.floor} ({backlog}):"
+            " is a worker serving it? Start more of them, delete the group if it is no longer"
+            " used, or raise maxlen",
+            self._stream,
+            pinned.group,
+            pinned.pending,
+            pinned.undelivered,
+        )
+
+    def _tell_full(self, room: Room) -> None:
+        """Tell that the stream is full, once until a batch is taken whole again."""
+        first = self._full is None
+        self._full = room
+        if first:
+            self._full_since = time.perf_counter()
+            pinned = room.pinned
+            self._telemetry.emit(
+                "publish.full",
+                stream=self._stream,
+                pinned_by=pinned.group if pinned else "",
+                pending=pinned.pending if pinned else 0,
+                undelivered=pinned.undelivered if pinned else None,
+            )
+
+    def _tell_gone(self, room: Room, dropped: dict[str, int] | None = None) -> None:
+        """Tell of entries that groups will not get: ghosts, and what was dropped for room."""
+        for group, ids in room.lost.items():
+            self._telemetry.emit(
+                "delivery.lost",
+                stream=self._stream,
+                group=group,
+                count=len(ids),
+                entry_ids=ids[:20],
+            )
+        for group, count in (dropped or {}).items():
+            self._telemetry.emit("delivery.overrun", stream=self._stream, group=group, count=count)
 
     async def _attempt(self, batch: list[Unit]) -> Appended:
         self._attempting = True
@@ -133,6 +277,7 @@ class Sender:
                 self._publisher_id,
                 self._sequence,
                 [u.args for u in batch],
+                self.limits,
                 self._timeout_s,
             )
         except BusError as error:
@@ -194,8 +339,15 @@ class Sender:
         doubt = self._maybe_sent or self._attempting
         for units, unknown in ((self._in_flight, doubt), (self._units, False)):
             late = [u for u in units if u.deadline <= now and not u.future.done()]
+            full = self._full if units is self._units else None
             for unit in late:
-                unit.future.set_exception(self._too_late(unknown, self._trouble))
+                unit.future.set_exception(
+                    self._no_room(full)
+                    if full is not None
+                    else self._too_late(unknown, self._trouble)
+                )
+            if late and full is not None:
+                self._tell_failed(sum(u.events for u in late), self._no_room(full))
             if units is self._units:
                 for unit in late:
                     self._units.remove(unit)
@@ -211,23 +363,26 @@ class Sender:
                 f"no answer from {self._stream} in time{why}: the event may have been published;"
                 " publish it again only if handlers tolerate it twice"
             )
-        return PublishTimeout(
-            f"the server did not take it into {self._stream} in time{why}:"
-            " the event was not published"
-        )
+        text = f"the server did not take it into {self._stream} in time{why}"
+        if isinstance(cause, ReplyError):
+            remedy = _REMEDIES.get(cause.code, "")
+            return PublishRefused(f"{text}: the event was not published{remedy}", cause.code)
+        return PublishTimeout(f"{text}: the event was not published")
 
     def _fail(self, batch: list[Unit], error: Exception) -> None:
         for unit in batch:
             if not unit.future.done():
                 unit.future.set_exception(self._told(error))
                 unit.future.exception()  # a caller that gave up never looks
-        told = self._told(error)
+        self._tell_failed(sum(u.events for u in batch), self._told(error))
+
+    def _tell_failed(self, count: int, error: Exception) -> None:
         self._telemetry.emit(
             "publish.failed",
             stream=self._stream,
-            count=sum(u.events for u in batch),
-            error_type=type(told).__name__,
-            error=str(told),
+            count=count,
+            error_type=type(error).__name__,
+            error=str(error),
         )
 
     def _told(self, error: Exception) -> Exception:
@@ -235,6 +390,16 @@ class Sender:
         if is_transient(error) or self._maybe_sent:
             return self._too_late(self._maybe_sent, error)
         return error.explained(self._stream) if isinstance(error, ReplyError) else error
+
+
+# What an operator can do about a server that answers and takes nothing.
+_REMEDIES = {
+    "OOM": "; it is out of memory: raise maxmemory, or let workers drain and lower maxlen and keep",
+    "READONLY": "; it is a replica: check that the URL names the primary",
+    "MISCONF": "; it cannot save to disk: look for space and rights there",
+    "LOADING": "; it is still loading its data",
+    "NOREPLICAS": "; it has fewer replicas than min-replicas-to-write",
+}
 
 
 def is_transient(error: BaseException) -> bool:

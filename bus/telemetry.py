@@ -40,6 +40,15 @@ EVENTS: dict[str, Emitted] = {
     "publish.retried": Emitted(
         _W, ("stream", "count", "error_type", "error"), "a batch is sent again, unchanged"
     ),
+    "publish.full": Emitted(
+        _W,
+        ("stream", "pinned_by", "pending", "undelivered"),
+        "a publish found no room in the stream; said once until one is taken whole again",
+    ),
+    "publish.rejected": Emitted(
+        _D, ("stream", "count"), "callers that do not wait for room were told StreamFull"
+    ),
+    "publish.resumed": Emitted(_I, ("stream", "full_s"), "there is room again"),
     "publish.failed": Emitted(
         _E, ("stream", "count", "error_type", "error"), "callers were told that it failed"
     ),
@@ -87,6 +96,11 @@ EVENTS: dict[str, Emitted] = {
     ),
     "delivery.lost": Emitted(
         _E, ("stream", "group", "count", "entry_ids"), "pending, but its entry was trimmed by hand"
+    ),
+    "delivery.overrun": Emitted(
+        _E,
+        ("stream", "group", "count"),
+        "not handled by the group and deleted for room (on_full=drop_oldest)",
     ),
     "handler.stuck": Emitted(
         _E, (*_ENTRY, "running_s"), "ignores its cancellation after timeout_s"

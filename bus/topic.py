@@ -9,7 +9,6 @@ from bus.config import KEEP_SHARE, MAXLEN, MAXLEN_MAX, checked_name, checked_num
 from bus.errors import DeclarationError
 from bus.event import known_events, type_matches
 
-
 OnFull = Literal["block", "reject", "drop_oldest"]
 
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from bus import DeclarationError, Event, NotSupported, Topic
+from bus import DeclarationError, Event, Topic
 from bus.topic import topics_of
 
 
@@ -48,13 +48,39 @@ def test_bad_partition_counts_are_refused(partitions):
         Topic("paper", partitions=partitions)
 
 
+def test_marks_have_defaults_and_keep_follows_maxlen():
+    topic = Topic("paper")
+    assert (topic.maxlen, topic.keep, topic.on_full) == (1_000_000, 100_000, "block")
+    assert topic.retention is None
+    assert Topic("paper", maxlen=500).keep == 50
+    assert Topic("paper", maxlen=2).keep == 1
+    assert Topic("paper", maxlen=500, keep=499).keep == 499
+
+
 @pytest.mark.parametrize(
-    "later",
-    [{"maxlen": 1000}, {"keep": 10}, {"on_full": "block"}, {"retention": timedelta(days=7)}],
+    ("marks", "message"),
+    [
+        ({"maxlen": 0}, "maxlen must be a whole number from 2"),
+        ({"maxlen": 1}, "maxlen must be a whole number from 2"),
+        ({"maxlen": -5}, "maxlen must be a whole number from 2"),
+        ({"maxlen": 1e6}, "maxlen must be a whole number from 2"),
+        ({"maxlen": None}, "maxlen must be a whole number from 2"),
+        ({"keep": 0}, "keep must be a whole number from 1"),
+        ({"keep": -1}, "keep must be a whole number from 1"),
+        ({"keep": True}, "keep must be a whole number from 1"),
+        ({"maxlen": 10, "keep": 10}, "keep = 10 must be below maxlen = 10"),
+        ({"maxlen": 10, "keep": 11}, "keep = 11 must be below maxlen = 10"),
+        ({"on_full": "wait"}, "on_full is 'block', 'reject' or 'drop_oldest', not 'wait'"),
+        ({"on_full": None}, "on_full is 'block', 'reject' or 'drop_oldest', not None"),
+        ({"retention": 7}, "retention is a timedelta"),
+        ({"retention": timedelta(0)}, "retention is a timedelta"),
+        ({"retention": timedelta(days=-1)}, "retention is a timedelta"),
+        ({"retention": timedelta(days=99_999)}, "retention is a timedelta"),
+    ],
 )
-def test_what_this_release_cannot_do_it_does_not_ignore(later):
-    with pytest.raises(NotSupported, match=f"topic paper: {next(iter(later))} is not part"):
-        Topic("paper", **later)
+def test_bad_marks_are_refused(marks, message):
+    with pytest.raises(DeclarationError, match=f"topic paper: {message}"):
+        Topic("paper", **marks)
 
 
 @pytest.mark.parametrize(

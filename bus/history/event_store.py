@@ -10,8 +10,9 @@ from bus.delivery import Envelope, entry_time
 from bus.errors import Undecodable
 from bus.event import Event, info_of, type_matches
 from bus.history.position import Position, as_id
+from bus.streams.answers import RawEntry
 from bus.streams.codec import locate, open_envelope
-from bus.streams.stream import RawEntry, StreamStore
+from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 
 

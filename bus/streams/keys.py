@@ -3,12 +3,16 @@
     bus:topics                          hash: topic -> JSON of what was recorded
     bus:{document:0}                    stream: partition 0 of topic `document`
     bus:{document:0}:dead:<group>       stream: the group's dead letters
+    bus:{document:0}:inbox:<group>      stream: entries for that one group, deleted when acked
     bus:{document:0}:lease:<consumer>   string, expires: that worker is alive
     bus:{document:0}:workers            set: consumers that keep a lease
     bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
+    bus:{document:0}:chores             string, expires: whose turn the janitor's chores are
     bus:{document:0}:pub:<publisher>    string, expires: a publisher's last batch
 
 Everything of a partition has the hash tag `{topic:partition}`, so one script may touch it all.
+A group's inbox is read like its stream and shares the stream's leases, turns and dead letters, so
+the functions below take the key of either.
 """
 
 from collections.abc import Iterable
@@ -25,9 +29,24 @@ def stream(topic: str, partition: int) -> str:
     return f"bus:{{{topic}:{partition}}}"
 
 
+def home(stream_key: str) -> str:
+    """Return the key of the partition's own stream for the key of it, or of an inbox there."""
+    return stream_key.partition("}")[0] + "}"
+
+
+def inbox(stream_key: str, group: str) -> str:
+    """Return the key of the private stream of `group` beside one stream."""
+    return f"{home(stream_key)}:inbox:{group}"
+
+
+def is_inbox(stream_key: str) -> bool:
+    """Return whether the key is that of an inbox. Only a partition's own stream ends with `}`."""
+    return not stream_key.endswith("}")
+
+
 def dead(stream_key: str, group: str) -> str:
     """Return the key of the dead letters of `group` for one stream."""
-    return f"{stream_key}:dead:{group}"
+    return f"{home(stream_key)}:dead:{group}"
 
 
 def lease(stream_key: str, consumer: str | bytes) -> bytes:
@@ -36,17 +55,22 @@ def lease(stream_key: str, consumer: str | bytes) -> bytes:
     As bytes, since consumers of other languages may have any name.
     """
     name = consumer if isinstance(consumer, bytes) else consumer.encode()
-    return f"{stream_key}:lease:".encode() + name
+    return f"{home(stream_key)}:lease:".encode() + name
 
 
 def workers(stream_key: str) -> str:
     """Return the key of the set of consumers that keep a lease on the stream."""
-    return f"{stream_key}:workers"
+    return f"{home(stream_key)}:workers"
 
 
 def sweep(stream_key: str, groups: Iterable[str]) -> str:
     """Return the key of the sweep lease shared by processes that serve the same groups."""
-    return f"{stream_key}:sweep:{crc32(','.join(sorted(groups)).encode()):08x}"
+    return f"{home(stream_key)}:sweep:{crc32(','.join(sorted(groups)).encode()):08x}"
+
+
+def chores(stream_key: str) -> str:
+    """Return the key of the lease on the janitor's chores for one partition."""
+    return f"{home(stream_key)}:chores"
 
 
 def producer(stream_key: str, publisher: str) -> str:

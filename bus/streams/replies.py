@@ -85,3 +85,8 @@ class ReplyError(BusError):
 
 
 _SAFE_TEXT = TRANSIENT | {"STALE", "WRONGTYPE", "NOGROUP", "BUSYGROUP"}
+
+
+def row_of(flat: list[Reply]) -> dict[str, Reply]:
+    """Return a row of XINFO, which RESP2 sends as a flat list of names and values."""
+    return {k.decode(): v for k, v in zip(flat[::2], flat[1::2], strict=True)}

@@ -16,7 +16,7 @@ class Script:
         folder = resources.files("bus.streams") / "scripts"
         body = (folder / f"{name}.lua").read_text(encoding="utf-8")
         # Local functions that a script does not call cost it only their parse, once per server.
-        head = "" if "owned(" not in body and "take(" not in body else _head()
+        head = "".join(_text(h) for h, calls in _HEADS.items() if any(c in body for c in calls))
         self.name = name
         self._text = (head + body).encode()
         self._by_digest = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()
@@ -30,6 +30,13 @@ class Script:
         return pack(("EVAL", self._text, len(keys), *keys, *args))
 
 
+# The shared heads, and the calls by which a script shows that it needs one.
+_HEADS = {
+    "_owned": ("owned(", "take(", "finish("),
+    "_trim": ("trim(", "floor_of("),
+}
+
+
 @cache
-def _head() -> str:
-    return (resources.files("bus.streams") / "scripts" / "_owned.lua").read_text(encoding="utf-8")
+def _text(name: str) -> str:
+    return (resources.files("bus.streams") / "scripts" / f"{name}.lua").read_text(encoding="utf-8")

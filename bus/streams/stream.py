@@ -6,84 +6,34 @@ AuthenticationFailed. Who calls decides what to do about it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 from bus.config import PRODUCER_MEMORY_S, REPLY_TIMEOUT_S
 from bus.streams import keys
+from bus.streams.answers import (
+    Appended,
+    Consumer,
+    Limits,
+    Pinned,
+    RawEntry,
+    Renewed,
+    Room,
+    Standing,
+    Started,
+    Survey,
+    Taken,
+)
 from bus.streams.connection import Arg, Connection, Server, pack
-from bus.streams.replies import Reply, ReplyError
+from bus.streams.reader import Reader
+from bus.streams.replies import Reply, ReplyError, row_of
 from bus.streams.script import Script
 from bus.telemetry import Telemetry
 
-_append, _record_topic = Script("append"), Script("record_topic")
+_append, _room, _record_topic = Script("append"), Script("room"), Script("record_topic")
 _ack, _park, _dead_letter = Script("ack"), Script("park"), Script("dead_letter")
 _renew, _start, _recover = Script("renew"), Script("start"), Script("recover")
 _take_due, _take_parked = Script("take_due"), Script("take_parked")
 _reclaim, _forget_consumer = Script("reclaim"), Script("forget_consumer")
-
-RawEntry = tuple[bytes, list[bytes]]
-
-
-class Appended(NamedTuple):
-    """Where a batch went: entry n has the id `ms-(sequence + n)`."""
-
-    ms: str
-    sequence: int
-    events: int
-    repeated: bool
-
-
-class Taken(NamedTuple):
-    """Entries moved to this worker as (id, delivery count, fields), and ids found without entry."""
-
-    entries: list[tuple[bytes, int, list[bytes]]]
-    lost: list[bytes]
-
-
-class Started(IntEnum):
-    """Whether a reclaimed delivery may run: refused is another worker's, lost has no entry."""
-
-    REFUSED = 0
-    YES = 1
-    LOST = 2
-
-
-class Renewed(NamedTuple):
-    """Ids that another worker owns now, and ids whose entry is gone."""
-
-    refused: list[bytes]
-    lost: list[bytes]
-
-
-class Consumer(NamedTuple):
-    """A consumer of a group: a worker or a lane."""
-
-    name: bytes
-    pending: int
-    idle_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What one stream's groups look like at the server time `now_ms`.
-
-    listed: consumers that keep a lease when alive. alive: those whose lease exists.
-    groups: the consumers of each group asked for; a group that is gone is left out.
-    """
-
-    now_ms: int
-    listed: frozenset[bytes]
-    alive: frozenset[bytes]
-    groups: dict[str, list[Consumer]]
-
-
-class Standing(NamedTuple):
-    """How far a group is: pending entries, and whether any is not yet delivered."""
-
-    pending: int
-    undelivered: bool
 
 
 class StreamStore:
@@ -101,9 +51,10 @@ class StreamStore:
         for connection in (self._publishing, self._history, self.commands):
             await connection.close()
 
-    def reader(self, group: str) -> "Reader":
+    def reader(self, group: str) -> Reader:
         """Return a reading connection of its own: XREADGROUP names one group and may block."""
-        return Reader(Connection(self._server, f"reading {group}", self._telemetry), self)
+        own = Connection(self._server, f"reading {group}", self._telemetry)
+        return Reader(own, self.commands)
 
     # --- the way in
 
@@ -113,24 +64,45 @@ class StreamStore:
         publisher: str,
         sequence: int,
         units: Sequence[list[Arg]],
+        limits: Limits,
         timeout_s: float,
     ) -> Appended:
-        """Append whole units at most once. `append.lua`; about 1.4 x the server cost of XADDs.
+        """Append as many whole units as fit, at most once. `append.lua`; about 1.4 x XADDs.
 
         units: per unit [events, then per event: arguments, field, value, ...].
+        Near `keep` and above it, it trims what nobody needs, once per `slack` entries.
         """
-        args: list[Arg] = [sequence, PRODUCER_MEMORY_S, len(units)]
+        drop = 1 if limits.drop_oldest else 0
+        events = sum(u[0] for u in units)  # type: ignore[misc] # the first of a unit is a number
+        args: list[Arg] = [sequence, PRODUCER_MEMORY_S, limits.keep, limits.slack, limits.most]
+        args += (drop, len(units), events)
         for unit in units:
             args += unit
-        first, events, _, repeated = await self._run(
-            self._publishing,
-            _append,
-            (stream, keys.producer(stream, publisher)),
-            args,
-            timeout_s,
-        )
+        target = (stream, keys.producer(stream, publisher))
+        reply = await self._run(self._publishing, _append, target, args, timeout_s)
+        first, added, taken, repeated, left, pinned, lost, dropped = reply
         ms, _, low = first.decode().partition("-")
-        return Appended(ms, int(low), events, bool(repeated))
+        room = Room(left, _pinned(pinned), _by_group(lost))
+        return Appended(
+            ms,
+            int(low or 0),
+            added,
+            taken,
+            bool(repeated),
+            room,
+            {_name(g): n for g, n in zip(dropped[::2], dropped[1::2], strict=True)},
+        )
+
+    async def room(self, stream: str, limits: Limits, entries: int, *, urgent: bool = True) -> Room:
+        """Trim what nobody needs and say how much fits. `room.lua`, 10-20 us of server.
+
+        entries: how many are to fit; single entries are removed for them, else whole nodes only.
+        urgent: over the publishing connection, else over that of the commands.
+        """
+        on = self._publishing if urgent else self.commands
+        args: list[Arg] = [limits.keep, limits.most, entries]
+        left, pinned, lost = await self._run(on, _room, (stream,), args)
+        return Room(left, _pinned(pinned), _by_group(lost))
 
     # --- topics
 
@@ -158,17 +130,49 @@ class StreamStore:
     ) -> list[bool | ReplyError]:
         """Create groups (stream, group, first id): True created, False it existed, or the error.
 
-        XGROUP CREATE MKSTREAM each, one write.
+        XGROUP CREATE MKSTREAM each, one write; XINFO STREAM before for those that start at `$`.
         """
-        replies = await self._pipeline(
-            [("XGROUP", "CREATE", s, g, i, "MKSTREAM") for s, g, i in wanted]
-        )
+        ends = await self._counted_ends([s for s, _, first in wanted if first == "$"])
+        plain: list[tuple[Arg, ...]] = [
+            ("XGROUP", "CREATE", s, g, first, "MKSTREAM") for s, g, first in wanted
+        ]
+        exact = [
+            (*c[:4], *ends[s]) if first == "$" and s in ends else c
+            for c, (s, _, first) in zip(plain, wanted, strict=True)
+        ]
+        replies = await self._pipeline(exact)
+        # A server that shows counters and yet does not take them is asked in the plain way.
+        again = [
+            n
+            for n, r in enumerate(replies)
+            if exact[n] != plain[n] and isinstance(r, ReplyError) and r.code == "ERR"
+        ]
+        for n, reply in zip(again, await self._pipeline([plain[n] for n in again]), strict=True):
+            replies[n] = reply
         return [
             not (isinstance(r, ReplyError) and r.code == "BUSYGROUP")
             if not isinstance(r, ReplyError) or r.code == "BUSYGROUP"
             else r
             for r in replies
         ]
+
+    async def _counted_ends(self, streams: Sequence[str]) -> dict[str, tuple[Arg, ...]]:
+        """Return where streams end, as arguments that tell a new group how many entries that was.
+
+        Made at `$` a group would have no count until it has read to the end (7.0, Valkey); 6.2 has
+        none at all. What is appended meanwhile is delivered, and the count is right all the same.
+        """
+        replies = await self._pipeline([("XINFO", "STREAM", s) for s in streams])
+        rows = {
+            s: row_of(r)
+            for s, r in zip(streams, replies, strict=True)
+            if not isinstance(r, ReplyError)
+        }
+        return {
+            s: (row["last-generated-id"], "MKSTREAM", "ENTRIESREAD", row["entries-added"])
+            for s, row in rows.items()
+            if "entries-added" in row
+        }
 
     async def groups_of(self, stream: str) -> dict[str, dict[str, Any]]:
         """Return group -> its row of XINFO GROUPS; empty when there is no stream."""
@@ -178,7 +182,7 @@ class StreamStore:
             if error.code in ("ERR", "WRONGTYPE"):
                 return {}
             raise
-        found = [_row(r) for r in rows]
+        found = [row_of(r) for r in rows]
         return {r["name"].decode("utf-8", "surrogateescape"): r for r in found}
 
     async def standing(self, stream: str, group: str) -> Standing | None:
@@ -280,7 +284,7 @@ class StreamStore:
         found: dict[str, list[Consumer]] = {}
         for group, reply in zip(groups, rows, strict=True):
             if isinstance(reply, list):
-                table = [_row(r) for r in reply]
+                table = [row_of(r) for r in reply]
                 found[group] = [Consumer(r["name"], r["pending"], r["idle"]) for r in table]
         exists = await self._pipeline([("EXISTS", keys.lease(stream, name)) for name in listed])
         alive = frozenset(n for n, e in zip(listed, exists, strict=True) if e != 0)
@@ -365,6 +369,13 @@ class StreamStore:
             raise error.explained(stream) from None
         return [(r[0], r[1]) for r in rows]
 
+    async def look(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
+        """Send commands that only read, in one write; errors are among the replies."""
+        if not commands:
+            return []
+        packed = b"".join(pack(c) for c in commands)
+        return await self._history.submit(packed, len(commands))
+
     # --- sending
 
     async def _pipeline(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
@@ -390,58 +401,31 @@ class StreamStore:
         return reply
 
 
-class Reader:
-    """One group's reading connection: it lists all the streams of the group."""
-
-    def __init__(self, connection: Connection, store: StreamStore) -> None:
-        self._connection = connection
-        self._store = store
-
-    async def read(
-        self, group: str, consumer: str, streams: Sequence[str], count: int, block_ms: int
-    ) -> list[tuple[str, list[RawEntry]]]:
-        """Return new entries, at most `count` per stream, waiting up to `block_ms`.
-
-        XREADGROUP over all streams. After any error, what the lost reply held is pending for
-        `consumer` unseen: call `StreamStore.recover` before reading on.
-        """
-        command: tuple[Arg, ...] = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count)
-        if block_ms:
-            command += ("BLOCK", block_ms)
-        command += ("STREAMS", *streams, *(">" for _ in streams))
-        if self._connection.client_id is None:  # known before the first read can block
-            (identity,) = await self._connection.submit(pack(("CLIENT", "ID")))
-            # The access list may forbid asking; then reads end by their BLOCK.
-            self._connection.client_id = identity if isinstance(identity, int) else 0
-        (reply,) = await self._connection.submit(
-            pack(command), 1, block_ms / 1000 + REPLY_TIMEOUT_S
-        )
-        if isinstance(reply, ReplyError):
-            raise reply
-        return [(name.decode(), entries) for name, entries in reply or ()]
-
-    async def unblock(self) -> None:
-        """End a blocked read at once; it takes nothing. CLIENT UNBLOCK on the other connection."""
-        if self._connection.client_id:
-            await self._store.commands.submit(
-                pack(("CLIENT", "UNBLOCK", self._connection.client_id)), 1
-            )
-
-    async def close(self) -> None:
-        """Close the connection."""
-        await self._connection.close()
-
-
 def _wire(name: str) -> bytes:
     """Return a group's name as the server has it; others may have given it any bytes."""
     return name.encode("utf-8", "surrogateescape")
 
 
+def _name(group: bytes) -> str:
+    """Return a group's name as text; the opposite of `_wire`."""
+    return group.decode("utf-8", "surrogateescape")
+
+
+def _pinned(reply: Reply) -> Pinned | None:
+    if not reply:
+        return None
+    group, floor, pending, lag = reply
+    return Pinned(_name(group), floor.decode(), pending, lag if lag >= 0 else None)
+
+
+def _by_group(flat: Sequence[bytes]) -> dict[str, list[str]]:
+    """Return {group: ids} of a flat list of pairs."""
+    found: dict[str, list[str]] = {}
+    for group, entry_id in zip(flat[::2], flat[1::2], strict=True):
+        found.setdefault(_name(group), []).append(entry_id.decode())
+    return found
+
+
 def _taken(reply: Reply) -> Taken:
     entries, lost = reply
     return Taken([(i, c, f) for i, c, f in entries], lost)
-
-
-def _row(flat: list[Any]) -> dict[str, Any]:
-    """Return a row of XINFO, which RESP2 sends as a flat list of names and values."""
-    return {k.decode(): v for k, v in zip(flat[::2], flat[1::2], strict=True)}

@@ -16,6 +16,7 @@ import msgspec
 from bus.config import KEEP_SHARE, MAXLEN, RESERVE, RESERVE_SHARE, SLACK, SLACK_SHARE
 from bus.errors import DeclarationError, TopicMismatch
 from bus.streams import keys
+from bus.streams.answers import Limits
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.topic import OnFull, Topic
@@ -34,12 +35,14 @@ class Record(msgspec.Struct, frozen=True):
 
     partitions: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     maxlen: Annotated[int, msgspec.Meta(ge=2)] = MAXLEN
-    keep: _Count = MAXLEN // KEEP_SHARE
+    keep: _Count = 0  # a tenth of maxlen, filled in below
     on_full: OnFull = "block"
     retention_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
     implicit: bool = False
 
     def __post_init__(self) -> None:
+        if not self.keep:
+            msgspec.structs.force_setattr(self, "keep", max(1, self.maxlen // KEEP_SHARE))
         if self.keep >= self.maxlen:
             raise ValueError(f"keep = {self.keep} is not below maxlen = {self.maxlen}")
 
@@ -58,6 +61,11 @@ class Record(msgspec.Struct, frozen=True):
     def reserve(self) -> int:
         """The entries above `maxlen` that only handlers' own publishes may use."""
         return max(RESERVE, self.maxlen // RESERVE_SHARE)
+
+    def limits(self, *, inside: bool = False) -> Limits:
+        """Return what an appender may do; `inside`: a handler, which may use the reserve."""
+        most = self.maxlen + self.reserve if inside else self.maxlen
+        return Limits(self.keep, self.slack, most, self.on_full == "drop_oldest")
 
     def differences(self, other: "Record") -> str:
         """Return where `other` differs in marks, as text; "" if nowhere."""

@@ -16,8 +16,9 @@ from bus.config import IN_HAND_S, READ_COUNT, WAITED_S
 from bus.delivery import ACK, HAND_BACK, DeadLetter, DeadLettered, Delivery, Publishes, Verdict
 from bus.errors import BusError
 from bus.handler import Handler
+from bus.streams.answers import RawEntry, Started, Taken
 from bus.streams.codec import envelope_of
-from bus.streams.stream import RawEntry, Started, StreamStore, Taken
+from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
 from bus.worker.hand import Hand, Holding, names_of, tell_lost

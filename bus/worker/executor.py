@@ -12,7 +12,12 @@ from contextvars import Context, copy_context
 from pathlib import Path
 from typing import Any
 
-from bus.config import RETRY_LATER_MIN_S, UNKNOWN_TYPE_MAX_AGE_S, UNKNOWN_TYPE_PARK_S
+from bus.config import (
+    RESERVE_FULL_PARK_S,
+    RETRY_LATER_MIN_S,
+    UNKNOWN_TYPE_MAX_AGE_S,
+    UNKNOWN_TYPE_PARK_S,
+)
 from bus.delivery import (
     ACK,
     HAND_BACK,
@@ -26,7 +31,7 @@ from bus.delivery import (
     Verdict,
     current_delivery,
 )
-from bus.errors import Reject, RetryLater, Undecodable, UnknownEventType
+from bus.errors import Reject, RetryLater, StreamFull, Undecodable, UnknownEventType
 from bus.event import Event, EventInfo, newest_version
 from bus.handler import Handler
 from bus.streams.codec import Located, decode, info_for, locate, plain_entry
@@ -207,8 +212,8 @@ class Executor:
     def _verdict_of(self, error: BaseException, slot: Slot, delivery: Delivery[Any]) -> Verdict:
         if isinstance(error, Reject):
             return DeadLetter("rejected", failure_of(error, error.reason))
-        if isinstance(error, RetryLater):
-            return Park(max(error.delay_s, RETRY_LATER_MIN_S), reason=str(error))
+        if isinstance(error, RetryLater | StreamFull):
+            return _postponed(error)
         if isinstance(error, asyncio.CancelledError):
             if slot.cancel_reason == "timeout":
                 limit = self._handler.timeout_s
@@ -223,6 +228,13 @@ class Executor:
         if delivery.attempt >= self._handler.max_attempts:
             return DeadLetter("failed", failure)
         return Park(self._handler.backoff.delay_s(delivery.attempt), failure)
+
+
+def _postponed(error: RetryLater | StreamFull) -> Park:
+    """Not now, and no fault of this event: the handler said so, or even the reserve is full."""
+    if isinstance(error, RetryLater):
+        return Park(max(error.delay_s, RETRY_LATER_MIN_S), reason=str(error))
+    return Park(RESERVE_FULL_PARK_S, reason=str(error))
 
 
 async def absorb_cancellation(task: SlotTask) -> None:

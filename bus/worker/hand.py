@@ -11,9 +11,10 @@ from typing import Any
 
 from bus.config import VERDICTS_PER_CALL
 from bus.delivery import DeadLetter, Delivery, HandBack, Origin, Park
+from bus.streams.answers import RawEntry, Taken
 from bus.streams.codec import locate
 from bus.streams.replies import ReplyError
-from bus.streams.stream import RawEntry, StreamStore, Taken
+from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 
 

@@ -11,9 +11,10 @@ from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from bus.config import BLOCK_MS, READ_BYTES, READ_COUNT
 from bus.errors import BusError, ServerUnreachable
+from bus.streams.answers import RawEntry, Taken
 from bus.streams.connection import ConnectionLost
 from bus.streams.replies import TRANSIENT, ReplyError
-from bus.streams.stream import RawEntry, StreamStore, Taken
+from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand
 

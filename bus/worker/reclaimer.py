@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from bus.config import SWEEP_LEASE_MS, SWEEP_S
 from bus.errors import BusError
+from bus.streams.answers import Survey
 from bus.streams.keys import lane_due_ms
-from bus.streams.stream import StreamStore, Survey
+from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.consumer import Consumer
 from bus.worker.hand import Hand

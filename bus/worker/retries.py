@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from bus.config import PROMPT_RETRIES
 from bus.errors import BusError
-from bus.streams.stream import StreamStore, Taken
+from bus.streams.answers import Taken
+from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand
 

@@ -26,8 +26,10 @@ import uvloop
 
 from bus import Bus, Worker
 from bus.instrument.logging import attach, configure
+from bus.streams.answers import Taken
 from bus.streams.connection import ConnectionLost
-from bus.streams.stream import Reader, StreamStore, Taken
+from bus.streams.reader import Reader
+from bus.streams.stream import StreamStore
 from bus.worker import reclaimer
 from bus.worker.executor import Executor
 from tests.faults import deeds

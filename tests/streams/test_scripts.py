@@ -15,7 +15,7 @@ from bus.streams import stream as verbs
 from bus.streams.script import Script
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
 FOLDER = resources.files("bus.streams") / "scripts"
 NAMES = sorted(f.name.removesuffix(".lua") for f in FOLDER.iterdir())
@@ -372,8 +372,23 @@ MEMORY = STREAM + ":pub:p"
 
 
 async def append(lab: Lab, sequence: int, *units: list[str], memory: str = MEMORY) -> Any:
-    """Append units of events that have one field each."""
-    args: list[Any] = [sequence, 60, len(units)]
+    """Append units of events that have one field each, far below any mark."""
+    reply = await append_within(lab, sequence, units, (100_000, 1_000, 1_000_000), memory=memory)
+    assert reply[4:] == [-1 if reply[3] else 1_000_000 - await lab.redis.xlen(STREAM), [], [], []]
+    return reply[:4]
+
+
+async def append_within(
+    lab: Lab,
+    sequence: int,
+    units: Sequence[list[str]],
+    marks: tuple[int, int, int],
+    *,
+    drop: int = 0,
+    memory: str = MEMORY,
+) -> Any:
+    """Append units within marks (keep, slack, most)."""
+    args: list[Any] = [sequence, 60, *marks, drop, len(units), sum(map(len, units))]
     for unit in units:
         args.append(len(unit))
         for value in unit:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus.streams import keys
+from bus.streams.answers import Limits
 from bus.streams.address import parse_url
 from bus.streams.replies import ReplyError
 from bus.streams.server import Standalone
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 S0, S1, G = "bus:{verbs:0}", "bus:{verbs:1}", "g"
+WIDE = Limits(keep=100_000, slack=1_000, most=1_000_000)
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def unit(*values: str) -> list[Any]:
 async def filled(store: StreamStore, count: int, consumer: str = "me") -> list[bytes]:
     """Make the group, append entries and deliver them to a consumer; return their ids."""
     await store.create_groups([(S0, G, "0")])
-    await store.append(S0, "filler", 1, [unit(*map(str, range(count)))], 5)
+    await store.append(S0, "filler", 1, [unit(*map(str, range(count)))], WIDE, 5)
     reader = store.reader(G)
     ((_, entries),) = await reader.read(G, consumer, [S0], count, 0)
     await reader.close()
@@ -55,10 +57,10 @@ async def pending(store: StreamStore) -> dict[bytes, tuple[bytes, int]]:
 
 
 async def test_append_says_where_the_batch_went(store):
-    where = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], 5)
-    again = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], 5)
+    where = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], WIDE, 5)
+    again = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], WIDE, 5)
     assert (where.events, where.repeated, again.repeated) == (3, False, True)
-    assert again[:3] == where[:3]
+    assert again[:4] == where[:4]
     entries = await store.range(S0, "-", "+", 10)
     assert entries == [
         (f"{where.ms}-{where.sequence + n}".encode(), [b"n", value])
@@ -71,7 +73,7 @@ async def test_a_server_that_forgot_the_scripts_is_given_them_again(store, serve
     assert await store.ack(S0, G, "me", [ids[0]]) == []
     ask(server, "SCRIPT", "FLUSH")
     assert await store.ack(S0, G, "me", [ids[1]]) == []
-    assert (await store.append(S0, "filler", 2, [unit("x")], 5)).repeated is False
+    assert (await store.append(S0, "filler", 2, [unit("x")], WIDE, 5)).repeated is False
     assert await store.ack(S0, G, "me", [ids[1]]) == [ids[1]]
 
 
@@ -87,7 +89,7 @@ async def test_records_of_topics(store):
 
 async def test_whether_streams_hold_anything(store, server):
     assert not await store.any_entries([S0, S1])
-    await store.append(S1, "p", 1, [unit("a")], 5)
+    await store.append(S1, "p", 1, [unit("a")], WIDE, 5)
     assert await store.any_entries([S0, S1])
     assert not await store.any_entries([S0])
     ask(server, "SET", S0, "a string")
@@ -113,7 +115,7 @@ async def test_how_far_a_group_is(store):
     assert await store.standing(S0, G) is None
     ids = await filled(store, 2)
     assert await store.standing(S0, G) == (2, False)
-    await store.append(S0, "p", 1, [unit("more")], 5)
+    await store.append(S0, "p", 1, [unit("more")], WIDE, 5)
     assert await store.standing(S0, G) == (2, True)
     await store.ack(S0, G, "me", ids)
     assert await store.standing(S0, G) == (0, True)
@@ -122,7 +124,7 @@ async def test_how_far_a_group_is(store):
 
 async def test_types_of_keys(store, server):
     ask(server, "SET", S1, "a string")
-    await store.append(S0, "p", 1, [unit("a")], 5)
+    await store.append(S0, "p", 1, [unit("a")], WIDE, 5)
     assert [await store.type_of(k) for k in (S0, S1, "nothing")] == [b"stream", b"string", b"none"]
 
 
@@ -226,8 +228,8 @@ async def test_dead_workers_are_forgotten(store):
 
 async def test_a_read_lists_all_streams_of_a_group(store):
     await store.create_groups([(S0, G, "0"), (S1, G, "0")])
-    await store.append(S0, "p", 1, [unit("a", "b", "c")], 5)
-    await store.append(S1, "p", 1, [unit("d")], 5)
+    await store.append(S0, "p", 1, [unit("a", "b", "c")], WIDE, 5)
+    await store.append(S1, "p", 1, [unit("d")], WIDE, 5)
     reader = store.reader(G)
     got = {name: [f for _, f in rows] for name, rows in await reader.read(G, "me", [S0, S1], 2, 0)}
     assert got == {S0: [[b"n", b"a"], [b"n", b"b"]], S1: [[b"n", b"d"]]}
@@ -250,7 +252,7 @@ async def test_a_blocked_read_wakes_for_an_entry(store, server):
     reader = store.reader(G)
     read = asyncio.create_task(reader.read(G, "me", [S0], 2, 5_000))
     await until_blocked(server)
-    await store.append(S0, "p", 1, [unit("a")], 5)
+    await store.append(S0, "p", 1, [unit("a")], WIDE, 5)
     ((name, rows),) = await asyncio.wait_for(read, 4)
     assert (name, rows[0][1]) == (S0, [b"n", b"a"])
     await reader.close()
@@ -264,7 +266,7 @@ async def test_a_blocked_read_can_be_ended_and_takes_nothing(store, server):
     await until_blocked(server)
     await reader.unblock()
     assert await asyncio.wait_for(read, 4) == []
-    await store.append(S0, "p", 1, [unit("a")], 5)
+    await store.append(S0, "p", 1, [unit("a")], WIDE, 5)
     assert await store.standing(S0, G) == (0, True)
     assert len(await reader.read(G, "me", [S0], 2, 0)) == 1
     await reader.close()
@@ -289,7 +291,7 @@ async def test_a_range_is_closed_and_counted(store):
 async def test_a_slow_range_does_not_hold_up_a_publish(store):
     """They have connections of their own."""
     slow = store._history.submit(b"*3\r\n$5\r\nBLPOP\r\n$4\r\nnone\r\n$1\r\n5\r\n")
-    where = await asyncio.wait_for(store.append(S0, "p", 1, [unit("a")], 5), 4)
+    where = await asyncio.wait_for(store.append(S0, "p", 1, [unit("a")], WIDE, 5), 4)
     assert where.events == 1
     assert not slow.done()
     slow.cancel()

@@ -31,22 +31,36 @@ async def process(url: str, *declared: Topic) -> AsyncIterator[TopicTable]:
         await store.close()
 
 
+async def agreed(table: TopicTable, name: str = "paper") -> tuple[int, bool]:
+    """The partition count that holds for a process, and whether it may still change."""
+    record = await table.record(name)
+    return record.partitions, record.implicit
+
+
+def written(partitions: int, *, implicit: bool = False) -> bytes:
+    """What is recorded of a topic with the usual marks."""
+    return (
+        f'{{"partitions":{partitions},"maxlen":1000000,"keep":100000,"on_full":"block",'
+        f'"retention_s":null,"implicit":{str(implicit).lower()}}}'
+    ).encode()
+
+
 def record(server, name: str = "paper") -> bytes:
     return ask(server, "HGET", "bus:topics", name).partition(b"\r\n")[2].removesuffix(b"\r\n")
 
 
 async def test_the_first_declaration_is_recorded(url, server):
     async with process(url, Topic("paper", partitions=4)) as first, process(url) as other:
-        assert await first.partitions("paper") == (4, False)
-        assert record(server) == b'{"partitions":4}'
-        assert await other.partitions("paper") == (4, False)
+        assert await agreed(first) == (4, False)
+        assert record(server) == written(4)
+        assert await agreed(other) == (4, False)
         assert other.streams("paper", 2) == ["bus:{paper:0}", "bus:{paper:1}"]
 
 
 async def test_a_topic_nobody_declared_is_recorded_as_such(url, server):
     async with process(url) as table:
-        assert await table.partitions("paper") == (1, True)
-        assert record(server) == b'{"partitions":1,"implicit":true}'
+        assert await agreed(table) == (1, True)
+        assert record(server) == written(1, implicit=True)
 
 
 async def test_first_users_at_the_same_time_agree(url, server):
@@ -55,71 +69,69 @@ async def test_first_users_at_the_same_time_agree(url, server):
         process(url) as b,
         process(url) as c,
     ):
-        await asyncio.gather(*(t.partitions("paper") for t in (b, c)))
-        counts = await asyncio.gather(*(t.partitions("paper") for t in (a, b, c)))
+        await asyncio.gather(*(agreed(t) for t in (b, c)))
+        counts = await asyncio.gather(*(agreed(t) for t in (a, b, c)))
         assert counts[0] == (3, False)
-        assert record(server) == b'{"partitions":3}'
+        assert record(server) == written(3)
 
 
 async def test_an_implicit_record_is_replaced_while_its_stream_is_empty(url, monkeypatch):
     monkeypatch.setattr("bus.streams.topics.RECORD_TTL_S", 0)
     async with process(url) as early, process(url, Topic("paper", partitions=4)) as late:
-        assert await early.partitions("paper") == (1, True)
-        assert await late.partitions("paper") == (4, False)
-        assert await early.partitions("paper") == (4, False)  # it notices
+        assert await agreed(early) == (1, True)
+        assert await agreed(late) == (4, False)
+        assert await agreed(early) == (4, False)  # it notices
 
 
 async def test_an_implicit_record_with_entries_stands(url, server):
     async with process(url) as early, process(url, Topic("paper", partitions=4)) as late:
-        await early.partitions("paper")
+        await agreed(early)
         ask(server, "XADD", "bus:{paper:0}", "*", "a", "b")
         with pytest.raises(
             TopicMismatch, match=r"4 partitions here and recorded with 1 \(by its f"
         ):
-            await late.partitions("paper")
+            await agreed(late)
 
 
 async def test_a_declaration_that_agrees_makes_an_implicit_record_firm(url, server):
     async with process(url) as early, process(url, Topic("paper")) as late:
-        await early.partitions("paper")
+        await agreed(early)
         ask(server, "XADD", "bus:{paper:0}", "*", "a", "b")
-        assert await late.partitions("paper") == (1, False)
-        assert record(server) == b'{"partitions":1}'
+        assert await agreed(late) == (1, False)
+        assert record(server) == written(1)
 
 
 async def test_two_declarations_that_differ_name_both_counts(url, server):
     async with process(url, Topic("paper", partitions=4)) as first:
-        await first.partitions("paper")
+        await agreed(first)
     async with process(url, Topic("paper", partitions=2)) as second:
         for _ in range(2):
             with pytest.raises(TopicMismatch, match="with 2 partitions here and recorded with 4:"):
-                await second.partitions("paper")
-    assert record(server) == b'{"partitions":4}'
+                await agreed(second)
+    assert record(server) == written(4)
 
 
 async def test_looking_back_records_nothing(url, server):
     async with process(url, Topic("paper", partitions=4)) as declared, process(url) as other:
-        assert await other.recorded_partitions("paper") == 1
-        assert await declared.recorded_partitions("paper") == 4
+        assert (await other.recorded("paper")).partitions == 1
+        assert (await declared.recorded("paper")).partitions == 4
         assert ask(server, "EXISTS", "bus:topics") == b":0\r\n"
-        await declared.partitions("paper")
-        assert await other.recorded_partitions("paper") == 4
+        await agreed(declared)
+        assert (await other.recorded("paper")).partitions == 4
 
 
 async def test_what_is_known_is_not_asked_again(url, server):
     async with process(url, Topic("paper", partitions=4)) as table:
-        await table.partitions("paper")
+        await agreed(table)
         ask(server, "DEL", "bus:topics")
-        assert await table.partitions("paper") == (4, False)
+        assert await agreed(table) == (4, False)
         assert ask(server, "EXISTS", "bus:topics") == b":0\r\n"
 
 
 async def test_many_first_users_in_one_process_ask_once(url, server):
     ask(server, "CONFIG", "RESETSTAT")
     async with process(url) as table:
-        assert set(await asyncio.gather(*(table.partitions("paper") for _ in range(50)))) == {
-            (1, True)
-        }
+        assert set(await asyncio.gather(*(agreed(table) for _ in range(50)))) == {(1, True)}
     stats = ask(server, "INFO", "commandstats")
     assert b"cmdstat_hget:calls=2," in stats  # ours, and the one in the script that records
 
@@ -155,14 +167,14 @@ async def test_a_record_that_is_none_is_told_in_words(valkey_url, shared_server,
     ask(server, "HSET", "bus:topics", "paper", foreign)
     async with process(valkey_url) as table:
         with pytest.raises(DeclarationError, match="bus:topics holds something else than a topic"):
-            await table.partitions("paper")
+            await agreed(table)
     assert ask(server, "HGET", "bus:topics", "paper").endswith(foreign + b"\r\n")
 
 
 async def test_records_of_later_releases_and_of_others_are_left_alone(url, server):
     ask(server, "HSET", "bus:topics", "paper", b'{"partitions":4,"maxlen":1000}', b"\xff\xfe", b"?")
     async with process(url, Topic("paper", partitions=4)) as table:
-        assert await table.partitions("paper") == (4, False)
+        assert await agreed(table) == (4, False)
     assert record(server) == b'{"partitions":4,"maxlen":1000}'
 
 
@@ -170,4 +182,4 @@ async def test_a_hash_that_is_none_is_told_in_words(url, server):
     ask(server, "SET", "bus:topics", "a string")
     async with process(url) as table:
         with pytest.raises(BusError, match="bus:topics holds another Redis type"):
-            await table.partitions("paper")
+            await agreed(table)

@@ -10,8 +10,8 @@ import pytest
 from bus import Bus, Delivery, Topic, Worker, event_handler
 from bus.config import READ_COUNT
 from bus.streams.connection import ConnectionLost
+from bus.streams.reader import Reader
 from bus.streams.replies import ReplyError
-from bus.streams.stream import Reader
 from bus.worker.intake import pause
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import Backoff, Bus, Delivery, Worker, event_handler
-from bus.streams.stream import Consumer, StreamStore, Survey
+from bus.streams.answers import Consumer, Survey
+from bus.streams.stream import StreamStore
 from bus.worker import reclaimer
 from bus.worker.reclaimer import Plan, plan
 from tests.witness import Witness, eventually

@@ -1,0 +1,103 @@
+"""What the verbs take and answer: plain values, no I/O."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+RawEntry = tuple[bytes, list[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a stream may grow by one appender. keep, slack, most: entries. See `Record`."""
+
+    keep: int
+    slack: int
+    most: int
+    drop_oldest: bool = False
+
+
+class Pinned(NamedTuple):
+    """The group that needs the oldest entry, the id it needs from, and its backlog there.
+
+    undelivered is the server's count; None where it keeps none.
+    """
+
+    group: str
+    floor: str
+    pending: int
+    undelivered: int | None
+
+
+class Room(NamedTuple):
+    """How many entries still fit, who pins the stream, and ghosts met on the way by group."""
+
+    entries: int
+    pinned: Pinned | None
+    lost: dict[str, list[str]]
+
+
+class Appended(NamedTuple):
+    """Where the units that were taken went: entry n has the id `ms-(sequence + n)`.
+
+    room: as the script left it. dropped: entries deleted unhandled, by group.
+    """
+
+    ms: str
+    sequence: int
+    events: int
+    units: int
+    repeated: bool
+    room: Room
+    dropped: dict[str, int]
+
+
+class Taken(NamedTuple):
+    """Entries moved to this worker as (id, delivery count, fields), and ids found without entry."""
+
+    entries: list[tuple[bytes, int, list[bytes]]]
+    lost: list[bytes]
+
+
+class Started(IntEnum):
+    """Whether a reclaimed delivery may run: refused is another worker's, lost has no entry."""
+
+    REFUSED = 0
+    YES = 1
+    LOST = 2
+
+
+class Renewed(NamedTuple):
+    """Ids that another worker owns now, and ids whose entry is gone."""
+
+    refused: list[bytes]
+    lost: list[bytes]
+
+
+class Consumer(NamedTuple):
+    """A consumer of a group: a worker or a lane."""
+
+    name: bytes
+    pending: int
+    idle_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one stream's groups look like at the server time `now_ms`.
+
+    listed: consumers that keep a lease when alive. alive: those whose lease exists.
+    groups: the consumers of each group asked for; a group that is gone is left out.
+    """
+
+    now_ms: int
+    listed: frozenset[bytes]
+    alive: frozenset[bytes]
+    groups: dict[str, list[Consumer]]
+
+
+class Standing(NamedTuple):
+    """How far a group is: pending entries, and whether any is not yet delivered."""
+
+    pending: int
+    undelivered: bool

@@ -1,0 +1,48 @@
+"""One group's reading connection."""
+
+from collections.abc import Sequence
+
+from bus.config import REPLY_TIMEOUT_S
+from bus.streams.answers import RawEntry
+from bus.streams.connection import Arg, Connection, pack
+from bus.streams.replies import ReplyError
+
+
+class Reader:
+    """One group's reading connection: it lists all the streams of the group."""
+
+    def __init__(self, connection: Connection, commands: Connection) -> None:
+        self._connection = connection
+        self._commands = commands  # what ends a read that blocks
+
+    async def read(
+        self, group: str, consumer: str, streams: Sequence[str], count: int, block_ms: int
+    ) -> list[tuple[str, list[RawEntry]]]:
+        """Return new entries, at most `count` per stream, waiting up to `block_ms`.
+
+        XREADGROUP over all streams. After any error, what the lost reply held is pending for
+        `consumer` unseen: call `StreamStore.recover` before reading on.
+        """
+        command: tuple[Arg, ...] = ("XREADGROUP", "GROUP", group, consumer, "COUNT", count)
+        if block_ms:
+            command += ("BLOCK", block_ms)
+        command += ("STREAMS", *streams, *(">" for _ in streams))
+        if self._connection.client_id is None:  # known before the first read can block
+            (identity,) = await self._connection.submit(pack(("CLIENT", "ID")))
+            # The access list may forbid asking; then reads end by their BLOCK.
+            self._connection.client_id = identity if isinstance(identity, int) else 0
+        (reply,) = await self._connection.submit(
+            pack(command), 1, block_ms / 1000 + REPLY_TIMEOUT_S
+        )
+        if isinstance(reply, ReplyError):
+            raise reply
+        return [(name.decode(), entries) for name, entries in reply or ()]
+
+    async def unblock(self) -> None:
+        """End a blocked read at once; it takes nothing. CLIENT UNBLOCK on the other connection."""
+        if self._connection.client_id:
+            await self._commands.submit(pack(("CLIENT", "UNBLOCK", self._connection.client_id)), 1)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._connection.close()
