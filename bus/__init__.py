@@ -6,6 +6,7 @@ See README.md for the first steps and docs/guarantees.md for what is promised.
 """
 
 from bus.backoff import Backoff
+from bus.breaker import Breaker
 from bus.bus import Bus
 from bus.delivery import DeadLettered, Delivery, Envelope
 from bus.errors import (
@@ -43,6 +44,7 @@ __all__ = [
     "AuthenticationFailed",
     "Backlog",
     "Backoff",
+    "Breaker",
     "Bus",
     "BusClosed",
     "BusError",

@@ -26,6 +26,7 @@ FULL_SHARE = 0.8  # of the room between keep and maxlen: then parked entries are
 UNSERVED_SHARE = 0.5  # of the room pinned by a group that nobody serves: an alert
 PRESSURE_S = 1.0  # how soon a worker notices that a stream is filling up
 MOVED_PER_CALL = 100  # parked entries moved aside by one script
+DEAD_LETTERS_FULL_PARK_S = 60.0  # what cannot be dead-lettered for want of room is tried again
 RESERVE_FULL_PARK_S = 1.0  # a delivery whose publish found even the reserve full comes again
 
 # --- connections
@@ -54,6 +55,13 @@ JANITOR_S = 30.0
 TOPICS_S = 5.0  # how soon new partitions are read, and a lost topic record is written again
 VERDICTS_PER_CALL = 500  # bounds how long one script keeps the server busy
 PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is above
+
+# --- the breaker: an outage of what a handler calls kills no event
+BREAKER_FAILURE_RATIO = 0.5  # poison is a small share of the calls, an outage nearly all of them
+BREAKER_WINDOW_S = 10.0  # long enough for min_calls of a slow handler; dead letters wait as long
+BREAKER_MIN_CALLS = 20  # below the first calls of 16 slots and their retries; above a bad streak
+BREAKER_PROBE_S = 5.0  # how late an outage's end is noticed, and how little it is burdened
+BREAKER_MEMORY = 10_000  # failures remembered to be refunded, and dead letters held, per handler
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

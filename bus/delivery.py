@@ -9,9 +9,11 @@ State is a place that `redis-cli` can show:
 | parked | pending, owner = the lane `parked:<ms>`: the server time at which all of it is due; \
 idle = time since the failure; the delivery count stays | due: taken by a worker, count + 1 |
 | orphaned | pending, owner = a worker whose lease is gone, or idle >= visibility | reclaim |
-| acked | in the stream only | trim |
+| acked | in the stream only (in an inbox: nowhere) | trim, once no group needs it |
+| moved | parked entries of a filling stream, then in the group's inbox, with `due` and `attempts` \
+| as appended; parked again until due |
 | dead-lettered | the group's dead-letter stream, with the reason | XDEL, by hand |
-| lost | a pending id whose entry was trimmed by hand | acked, counted, told; never silent |
+| lost | a pending id whose entry was deleted by hand | acked, counted, told; never silent |
 
 A *verdict* ends an attempt. The executor decides it (`worker/executor.py`, no I/O); the settler
 brings it to the server in batches (`worker/settler.py`), by scripts that do nothing unless the
@@ -20,12 +22,17 @@ entry is still pending *and still this worker's*:
     Ack         the handler returned, or the type was not asked for        XACK
     Park        it raised, or said RetryLater, or the type is not known    XCLAIM to a lane
     DeadLetter  attempts used up, Reject, undecodable, crashed             XADD dead + XACK
-    HandBack    never started, or cut off by shutdown                      XCLAIM to `parked:0`
+    HandBack    never started, or cut off by shutdown or an open breaker   XCLAIM to `parked:0`
 
 The delivery count of the pending list is the attempt number, for failures and crashes alike.
 Reading and taking from a lane raise it; parking without using an attempt and handing back lower
 it; reclaiming leaves it, and *starting* a reclaimed entry raises it. So a crash counts against
 what was running, and entries that were only fetched lose at most one attempt.
+
+When nearly all calls of a handler fail, its breaker opens (`worker/guard.py`): the failure is not
+the events'. Nothing starts but a probe; what fails then is parked without using its attempt, and
+what failed in the window before gets its attempts back (`refund.lua`, in the lane). For that
+window `DeadLetter("failed")` is held in the worker's hand, as running; an outage makes it a Park.
 """
 
 import logging
@@ -52,11 +59,23 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """Not now: wait `delay_s` seconds in a lane. `error` is None when no attempt is used up."""
+    """Not now: wait `delay_s` seconds in a lane.
+
+    error: what failed; None if nothing did, and then no attempt is used up.
+    counts: whether the failure uses up an attempt; one during an outage does not.
+    until_ms: the server time to wait for instead of `delay_s`, of an entry that was parked before.
+    """
 
     delay_s: float
     error: "Failure | None" = None
     reason: str = ""
+    counts: bool = True
+    until_ms: int = 0
+
+    @property
+    def uses_attempt(self) -> bool:
+        """Whether the attempt that ends so is gone."""
+        return self.counts and self.error is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +91,7 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class HandBack:
-    """Unstarted, or cut off by a shutdown: any worker may take it at once, no attempt used."""
+    """Unstarted, or cut off by a shutdown or an outage: any worker may take it, no attempt used."""
 
 
 Verdict = Ack | Park | DeadLetter | HandBack
@@ -149,10 +168,14 @@ class Publishes(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Origin:
-    """What all deliveries of one stream to one group share."""
+    """What all deliveries of one stream to one group share.
+
+    stream: what is read. home: where the entries lay first; another one if `stream` is an inbox.
+    """
 
     group: str
     stream: str
+    home: str
     bus: Publishes
     open_envelope: Callable[["Delivery[Any]"], Envelope]
     state: Any = None
@@ -169,6 +192,7 @@ class Delivery(Generic[E_co]):
         "_envelope",
         "attempt",
         "checked_at",
+        "condemned",
         "entry_id",
         "event",
         "fields",
@@ -197,6 +221,7 @@ class Delivery(Generic[E_co]):
         self.checked_at = checked_at  # loop time at which it was last known to be ours
         self.received_at = received_at  # loop time
         self.reclaimed = False  # taken from another worker, and not started here yet
+        self.condemned: DeadLetter | None = None  # decided, and held until no outage is in sight
         self.settled = False
         self.ordinals: dict[tuple[str, str], int] | None = None
         self._envelope: Envelope | None = None

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, Protocol, overload
 
 from bus.backoff import Backoff
+from bus.breaker import Breaker
 from bus.config import (
     CONCURRENCY,
     MAX_ATTEMPTS,
+    MAXLEN_MAX,
     VISIBILITY_S,
     checked_name,
     checked_number,
@@ -28,6 +30,7 @@ from bus.topic import Topic, topics_of
 P = ParamSpec("P")
 Start = Literal["beginning", "now"]
 OnDead = Callable[[DeadLettered, Any], Awaitable[None]]
+BREAKER = Breaker()  # on by default: an outage costs no event
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +55,8 @@ class Handler(Generic[P]):
     visibility_s: float = VISIBILITY_S
     start: Start = "beginning"
     on_dead: OnDead | None = None
+    dead_letter_maxlen: int | None = None
+    breaker: Breaker | None = BREAKER
     name: str = ""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Any]:
@@ -85,11 +90,12 @@ def event_handler(
     visibility_s: float = VISIBILITY_S,
     start: Start = "beginning",
     on_dead: OnDead | None = None,
+    dead_letter_maxlen: int | None = None,
+    breaker: Breaker | None = BREAKER,
     batch: int | None = None,
     batch_wait_ms: int | None = None,
     once: timedelta | None = None,
     ordered: bool = False,
-    breaker: object = None,
 ) -> _Decorator:
     """Make a `Handler` of an async function, or of a class with an async `handle`.
 
@@ -104,7 +110,10 @@ def event_handler(
     start: where a new group begins, "beginning" (everything kept) or "now".
     on_dead: `await on_dead(dead_lettered, bus)` just before the dead-letter script; its error is
         logged and the dead letter goes ahead. A crash repeats it.
-    batch, batch_wait_ms, once, ordered, breaker: not part of this release.
+    dead_letter_maxlen: most dead letters per partition, None for any number. When they are full,
+        what would die is parked, again and again, until some are taken out; nothing is dropped.
+    breaker: when most calls fail, events wait instead of using up attempts; None switches it off.
+    batch, batch_wait_ms, once, ordered: not part of this release.
     Errors: DeclarationError, NotSupported. Nothing is registered globally.
     """
     later = {
@@ -112,7 +121,6 @@ def event_handler(
         "batch_wait_ms": batch_wait_ms,
         "once": once,
         "ordered": ordered or None,
-        "breaker": breaker,
     }
     for parameter, value in later.items():
         if value is not None:
@@ -123,10 +131,12 @@ def event_handler(
     checked_number(visibility_s, f"handler {group}: visibility_s", 0.3, 86_400)
     if timeout_s is not None:
         checked_number(timeout_s, f"handler {group}: timeout_s", 0.001, 86_400 * 7)
+    if dead_letter_maxlen is not None:
+        limited = f"handler {group}: dead_letter_maxlen"
+        checked_number(dead_letter_maxlen, limited, 1, MAXLEN_MAX, whole=True)
     if start not in ("beginning", "now"):
         raise DeclarationError(f"handler {group}: start is 'beginning' or 'now', not {start!r}")
-    if backoff is not None and not isinstance(backoff, Backoff):
-        raise DeclarationError(f"handler {group}: backoff is a Backoff(...), not {backoff!r}")
+    _check_policies(backoff, breaker, group)
     if on_dead is not None:
         _check_on_dead(on_dead, group)
     if isinstance(topics, str):
@@ -152,6 +162,8 @@ def event_handler(
             visibility_s=visibility_s,
             start=start,
             on_dead=on_dead,
+            dead_letter_maxlen=dead_letter_maxlen,
+            breaker=breaker,
             name=name,
         )
 
@@ -192,6 +204,15 @@ def _callable_of(target: Any, group: str) -> tuple[Callable[..., Awaitable[Any]]
             " asyncio.to_thread inside it"
         )
     return target, name
+
+
+def _check_policies(backoff: object, breaker: object, group: str) -> None:
+    if backoff is not None and not isinstance(backoff, Backoff):
+        raise DeclarationError(f"handler {group}: backoff is a Backoff(...), not {backoff!r}")
+    if breaker is not None and not isinstance(breaker, Breaker):
+        raise DeclarationError(
+            f"handler {group}: breaker is a Breaker(...), or None for none, not {breaker!r}"
+        )
 
 
 def _check_on_dead(on_dead: OnDead, group: str) -> None:

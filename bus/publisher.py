@@ -24,12 +24,13 @@ from tenacity import (
 
 from bus.config import UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import Delivery, current_delivery
-from bus.errors import BusError, InvalidEvent, PublishTimeout, Undecodable
+from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout, Undecodable
 from bus.event import Event, EventInfo, info_of
-from bus.sender import Sender, Unit, is_transient
+from bus.sender import _REMEDIES, Sender, Unit, is_transient
 from bus.streams import keys
 from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
 from bus.streams.connection import Arg
+from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import RECORD_TTL_S, Record, TopicTable
 from bus.telemetry import Telemetry
@@ -91,6 +92,8 @@ class Publisher:
         self._inside: dict[str, Sender] = {}  # for what handlers publish, which never waits
         self._routes: dict[type[Event], _Route] = {}
         self._routing: dict[str, asyncio.Lock] = {}
+        # Why the partitions of a topic could not be had the last time, and when that was.
+        self._trouble: dict[str, tuple[BusError, float]] = {}
         self._unrouted = 0
 
     async def publish(
@@ -185,15 +188,15 @@ class Publisher:
         info = info_of(event.__class__)
         # First in, first out, per topic: what comes later must not overtake those that wait here.
         lock = self._routing.setdefault(info.topic, asyncio.Lock())
+        since = asyncio.get_running_loop().time()
         self._unrouted += 1
         try:
             async with asyncio.timeout_at(deadline), lock:
                 return self._fresh_route(info.cls) or await self._find_route(info)
         except TimeoutError:
-            raise PublishTimeout(
-                f"the partitions of topic {info.topic} could not be had in time:"
-                " the event was not published"
-            ) from None
+            # Whoever stood before us in the line may have been the one to ask.
+            cause, at = self._trouble.get(info.topic, (None, 0.0))
+            raise _not_routed(info.topic, cause if at >= since else None) from None
         finally:
             self._unrouted -= 1
 
@@ -206,7 +209,11 @@ class Publisher:
             reraise=True,
         ):
             with attempt:
-                return await self._ask_route(info.cls, info)
+                try:
+                    return await self._ask_route(info.cls, info)
+                except BusError as error:
+                    self._trouble[info.topic] = error, asyncio.get_running_loop().time()
+                    raise
         raise AssertionError("tenacity ends by returning or raising")
 
     async def _ask_route(self, cls: type[Event], info: EventInfo) -> _Route:
@@ -250,6 +257,16 @@ class Publisher:
         if sender.record is not record:
             sender.keep_to(record, inside=inside)
         return sender
+
+
+def _not_routed(topic: str, cause: BusError | None) -> PublishTimeout:
+    """Return what a caller is told when its time was up before the topic's record was had."""
+    why = f" ({cause})" if cause is not None else ""
+    text = f"the partitions of topic {topic} could not be had in time{why}"
+    if isinstance(cause, ReplyError):
+        remedy = _REMEDIES.get(cause.code, "")
+        return PublishRefused(f"{text}: the event was not published{remedy}", cause.code)
+    return PublishTimeout(f"{text}: the event was not published")
 
 
 def _unit_of(

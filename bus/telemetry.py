@@ -70,6 +70,14 @@ EVENTS: dict[str, Emitted] = {
     "delivery.dead_lettered": Emitted(
         _E, (*_ENTRY, "reason", *_ERROR), "moved to the group's dead letters"
     ),
+    "dead_letters.full": Emitted(
+        _E,
+        ("stream", "group", "count", "maxlen"),
+        "dead_letter_maxlen is reached: parked instead; redrive or purge the dead letters",
+    ),
+    "delivery.moved": Emitted(
+        _I, ("stream", "group", "count"), "parked entries of a filling stream, into the inbox"
+    ),
     "delivery.handed_back": Emitted(
         _I, ("stream", "group", "count"), "given up unstarted, for any worker to take"
     ),
@@ -105,6 +113,21 @@ EVENTS: dict[str, Emitted] = {
     "handler.stuck": Emitted(
         _E, (*_ENTRY, "running_s"), "ignores its cancellation after timeout_s"
     ),
+    "breaker.opened": Emitted(
+        _E, ("group", "failures", "calls", "window_s"), "most calls fail: nothing starts but probes"
+    ),
+    "breaker.probed": Emitted(
+        _I, ("group", "outcome"), "an event was tried while open: worked, failed or undecided"
+    ),
+    "breaker.closed": Emitted(_W, ("group", "open_s"), "a probe worked: all goes on"),
+    "breaker.refunded": Emitted(
+        _I,
+        ("stream", "group", "count", "missed"),
+        "events that got back the attempts they lost as it opened; missed: those taken meanwhile",
+    ),
+    "breaker.refund_failed": Emitted(
+        _W, ("stream", "group", "count", "error_type", "error"), "attempts not given back yet"
+    ),
     "on_dead.failed": Emitted(_E, (*_ENTRY, *_ERROR), "on_dead raised; the dead letter goes ahead"),
     # workers, groups, streams
     "worker.started": Emitted(_I, ("worker", "server", "groups", "streams"), "reads from now on"),
@@ -130,7 +153,14 @@ EVENTS: dict[str, Emitted] = {
         _E, ("stream", "group"), "the group had vanished: made again at the stream's beginning"
     ),
     "group.unserved": Emitted(
-        _W, ("stream", "group"), "no live worker serves this group; it holds entries back"
+        _W,
+        ("stream", "group", "share"),
+        "at a worker's start: nobody serves this group; it pins this share of the stream's room",
+    ),
+    "group.pinning": Emitted(
+        _E,
+        ("stream", "group", "share"),
+        "nobody serves this group, and it pins half of the room or more: serve it or delete it",
     ),
     "stream.broken": Emitted(
         _E, ("stream", "group", "error"), "not read for now: its key holds another Redis type"

@@ -104,7 +104,23 @@ def _flat(value: object) -> list[str]:
     return [str(value)]
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guarantees.md", "docs/adr/README.md"])
+def test_the_backlog_is_printed_as_the_operations_document_has_it(
+    valkey_url: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    hello, backlog = tmp_path / "hello.py", tmp_path / "backlog.py"
+    hello.write_text(blocks(README)["hello"], encoding="utf-8")
+    backlog.write_text(blocks(text)["backlog"], encoding="utf-8")
+
+    run(hello, valkey_url)
+    first, line = run(backlog, valkey_url).splitlines()
+    assert first == "order: 1 entry in 1 stream"
+    assert re.fullmatch(r"  [\w-]+  nothing to do", line)
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/guarantees.md", "docs/operations.md", "docs/adr/README.md"]
+)
 def test_links_and_named_tests_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     base = (ROOT / document).parent

@@ -41,7 +41,7 @@ def test_every_error_can_be_imported_from_the_package():
 
 def test_every_error_says_when_it_happens():
     for name in drawn_tree():
-        assert getattr(errors, name).__doc__.endswith(".")
+        assert getattr(errors, name).__doc__.rstrip().endswith(".")
 
 
 def test_what_a_handler_raises_is_no_error_of_the_bus():

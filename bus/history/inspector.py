@@ -10,24 +10,24 @@ else                   counted, up to 10,000; where more are left it is "at leas
 
 Which counters to believe was tried out on Redis 6.2 and 7.0 and on Valkey 9.1:
 
-case                                   6.2     7.0                        Valkey 9.1
-normal reading                         none    exact                      exact
-group made at `0`                      none    exact                      exact
-... at `$`, or in mid-stream           none    null until read to the end null until read to the end
-... at the end, with ENTRIESREAD       none    exact                      exact
-entries deleted behind it              none    exact                      exact
-entries deleted ahead of it            none    null until read to the end null until read to the end
-trimmed behind it                      none    exact                      exact
-after a restart with AOF               none    null until read to the end exact
-undelivered entries trimmed            none    TOO HIGH, for ever         too high until it reads
+case                                 6.2   7.0                         Valkey 9.1
+normal reading                       none  exact                       exact
+group made at `0`                    none  exact                       exact
+... at `$`, or in mid-stream         none  null until read to the end  null until read to the end
+... at the end, with ENTRIESREAD     none  exact                       exact
+trimmed or deleted behind it         none  exact                       exact
+deleted ahead of it                  none  null until read to the end  null until read to the end
+... the very next entries            none  null, then TOO HIGH         null until read to the end
+trimmed ahead of it                  none  TOO HIGH, for ever          too high until its next read
+after a restart with AOF             none  null until read to the end  exact
 
-The server sees an XDEL as a tombstone and says null; a trim leaves none. Whoever trims what a
-group has not been given (XTRIM by hand; `on_full="drop_oldest"` on our side) makes 7.0 count what
-is gone as still to come, and it never notices. So a number that cannot be is not believed (below
-0, or not below the length though the first entry was delivered), and short backlogs are looked
-at; a backlog of more than 100 entries on 7.0 stays too high by what was trimmed until the group is
-set right: XGROUP SETID <stream> <group> <its last-delivered id> counts afresh from its next read
-to the end.
+An XDEL leaves a tombstone, the server sees it ahead and says null; a trim leaves none. Whoever
+takes away the very next entries of a group (XTRIM or XDEL by hand; `on_full="drop_oldest"` on our
+side) makes 7.0 count what is gone as still to come, and it never notices. So a number that cannot
+be is not believed (0 or below, or not below the length though the first entry was delivered), and
+short backlogs are looked at. A backlog of more than 100 entries on 7.0 stays too high by what was
+taken away until somebody sets the group right: XGROUP SETID <stream> <group> <its last-delivered
+id> makes the server say null, and count afresh once the group has read to the end.
 """
 
 from collections.abc import Iterable, Sequence
@@ -165,7 +165,7 @@ async def backlog(store: StreamStore, topics: TopicTable, topic: str) -> Backlog
     found: list[StreamBacklog] = []
     for at in range(0, len(streams), STREAMS_AT_ONCE):
         for seen in await look(store, streams[at : at + STREAMS_AT_ONCE]):
-            found.append(await _of_stream(store, seen, record))  # noqa: PERF401 - it may count
+            found.append(await of_stream(store, seen, record))  # noqa: PERF401 - it may count
     return Backlog(topic, tuple(found))
 
 
@@ -208,7 +208,8 @@ def pinning(groups: Iterable[GroupSeen]) -> tuple[GroupSeen, bytes] | None:
     return min(needs, key=lambda need: _id(need[1]), default=None)
 
 
-async def _of_stream(store: StreamStore, seen: StreamSeen, record: Record) -> StreamBacklog:
+async def of_stream(store: StreamStore, seen: StreamSeen, record: Record) -> StreamBacklog:
+    """Judge what was seen of one stream; asks the server only where something must be counted."""
     length = seen.info.get("length", 0)
     pin = pinning(seen.groups)
     groups = []

@@ -59,6 +59,14 @@ class Taken(NamedTuple):
     lost: list[bytes]
 
 
+class Buried(IntEnum):
+    """What became of a dead letter: refused is another worker's, full found no room and stays."""
+
+    REFUSED = 0
+    YES = 1
+    FULL = 2
+
+
 class Started(IntEnum):
     """Whether a reclaimed delivery may run: refused is another worker's, lost has no entry."""
 
@@ -84,16 +92,16 @@ class Consumer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one stream's groups look like at the server time `now_ms`.
+    """What the groups of one partition look like at the server time `now_ms`.
 
     listed: consumers that keep a lease when alive. alive: those whose lease exists.
-    groups: the consumers of each group asked for; a group that is gone is left out.
+    consumers: of each (stream or inbox, group) asked for; what is not there is left out.
     """
 
     now_ms: int
     listed: frozenset[bytes]
     alive: frozenset[bytes]
-    groups: dict[str, list[Consumer]]
+    consumers: dict[tuple[str, str], list[Consumer]]
 
 
 class Standing(NamedTuple):

@@ -185,6 +185,38 @@ def _other_decoder(info: EventInfo, content_type: bytes) -> Callable[[bytes], Ev
     raise Undecodable("datacontenttype is neither JSON nor msgpack")
 
 
+class Moved(NamedTuple):
+    """What an inbox entry says of itself: a copy of an entry that one group is to handle.
+
+    origin: id of the entry it was. attempts: those used up before. due_ms: server time before which
+    it is not to run, 0 for at once.
+    """
+
+    origin: bytes
+    attempts: int
+    due_ms: int
+
+
+_INBOX_FIELDS = frozenset([b"origentry", b"attempts", b"due", b"run"])
+
+
+def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
+    """Read the fields that an entry of an inbox has besides its own; what is missing is nothing."""
+    found = dict(zip(fields[-2::-2], fields[-1::-2], strict=False))
+
+    def number(name: bytes) -> int:
+        digits = found.get(name, b"0")
+        return int(digits) if digits.isdigit() and len(digits) < 16 else 0  # noqa: PLR2004 - of ms
+
+    return Moved(found.get(b"origentry", entry_id), number(b"attempts"), number(b"due"))
+
+
+def without_inbox_fields(fields: list[bytes]) -> list[bytes]:
+    """Return the fields that the entry had before it was put into an inbox."""
+    pairs = zip(fields[::2], fields[1::2], strict=True)
+    return [word for name, value in pairs if name not in _INBOX_FIELDS for word in (name, value)]
+
+
 def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope:
     """Make the envelope of an entry; the event itself is decoded when asked for.
 
@@ -228,7 +260,10 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope
 
 def envelope_of(delivery: Delivery[Any]) -> Envelope:
     """Make the envelope of a delivery. Errors: Undecodable."""
-    return open_envelope(delivery.origin.stream, delivery.entry_id, delivery.fields)
+    origin, entry_id = delivery.origin, delivery.entry_id
+    if origin.stream != origin.home:
+        entry_id = moved(entry_id, delivery.fields).origin
+    return open_envelope(origin.home, entry_id, delivery.fields)
 
 
 def _time(text: str | None, entry_id: bytes) -> datetime:

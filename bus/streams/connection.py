@@ -8,6 +8,7 @@ ours, because its defaults re-send writes and time out blocking reads (docs/adr/
 """
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,6 +102,12 @@ class Connection:
         if isinstance(reply, ReplyError):
             raise reply
         return reply
+
+    async def pipeline(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
+        """Send `commands` in one write and return their replies, errors among them."""
+        if not commands:
+            return []
+        return await self.submit(b"".join(pack(c) for c in commands), len(commands))
 
     async def _run(self) -> None:
         try:

@@ -7,7 +7,7 @@
     bus:{document:0}:lease:<consumer>   string, expires: that worker is alive
     bus:{document:0}:workers            set: consumers that keep a lease
     bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
-    bus:{document:0}:chores             string, expires: whose turn the janitor's chores are
+    bus:{document:0}:chore:<name>       string, expires: whose turn that chore is
     bus:{document:0}:pub:<publisher>    string, expires: a publisher's last batch
 
 Everything of a partition has the hash tag `{topic:partition}`, so one script may touch it all.
@@ -27,6 +27,11 @@ _MOST_DIGITS = 15  # of a time in ms; the year 33658
 def stream(topic: str, partition: int) -> str:
     """Return the key of one partition of `topic`."""
     return f"bus:{{{topic}:{partition}}}"
+
+
+def topic_of(stream_key: str) -> str:
+    """Return the topic of the key of a partition, or of anything of it."""
+    return stream_key.partition("{")[2].partition("}")[0].rpartition(":")[0]
 
 
 def home(stream_key: str) -> str:
@@ -68,14 +73,24 @@ def sweep(stream_key: str, groups: Iterable[str]) -> str:
     return f"{home(stream_key)}:sweep:{crc32(','.join(sorted(groups)).encode()):08x}"
 
 
-def chores(stream_key: str) -> str:
-    """Return the key of the lease on the janitor's chores for one partition."""
-    return f"{home(stream_key)}:chores"
+def chore(stream_key: str, name: str) -> str:
+    """Return the key of the lease on one of a partition's chores: `room` or `retention`."""
+    return f"{home(stream_key)}:chore:{name}"
 
 
 def producer(stream_key: str, publisher: str) -> str:
     """Return the key under which the server remembers a publisher's last batch."""
     return f"{stream_key}:pub:{publisher}"
+
+
+def wire(group: str) -> bytes:
+    """Return a group's name as the server has it; others may have given it any bytes."""
+    return group.encode("utf-8", "surrogateescape")
+
+
+def text(group: bytes) -> str:
+    """Return a group's name as text; the opposite of `wire`."""
+    return group.decode("utf-8", "surrogateescape")
 
 
 def partition_of(key: str, partitions: int) -> int:

@@ -4,7 +4,9 @@ import hashlib
 from functools import cache
 from importlib import resources
 
-from bus.streams.connection import Arg, pack
+from bus.config import REPLY_TIMEOUT_S
+from bus.streams.connection import Arg, Connection, pack
+from bus.streams.replies import Reply, ReplyError
 
 
 class Script:
@@ -29,10 +31,25 @@ class Script:
         """Return EVAL with `keys` and `args` in wire form: after NOSCRIPT (restart, failover)."""
         return pack(("EVAL", self._text, len(keys), *keys, *args))
 
+    async def run(
+        self,
+        connection: Connection,
+        keys: tuple[Arg, ...],
+        args: list[Arg],
+        timeout_s: float = REPLY_TIMEOUT_S,
+    ) -> Reply:
+        """Run the script and return its reply. Errors: ReplyError, those of the connection."""
+        (reply,) = await connection.submit(self.packed(keys, args), 1, timeout_s)
+        if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
+            (reply,) = await connection.submit(self.packed_with_text(keys, args), 1, timeout_s)
+        if isinstance(reply, ReplyError):
+            raise reply
+        return reply
+
 
 # The shared heads, and the calls by which a script shows that it needs one.
 _HEADS = {
-    "_owned": ("owned(", "take(", "finish("),
+    "_owned": ("owned(", "take(", "finish(", "drop_if_empty("),
     "_trim": ("trim(", "floor_of("),
 }
 

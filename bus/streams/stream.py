@@ -8,11 +8,11 @@ AuthenticationFailed. Who calls decides what to do about it.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bus.config import PRODUCER_MEMORY_S, REPLY_TIMEOUT_S
+from bus.config import PRODUCER_MEMORY_S
 from bus.streams import keys
 from bus.streams.answers import (
     Appended,
-    Consumer,
+    Buried,
     Limits,
     Pinned,
     RawEntry,
@@ -20,10 +20,10 @@ from bus.streams.answers import (
     Room,
     Standing,
     Started,
-    Survey,
     Taken,
 )
-from bus.streams.connection import Arg, Connection, Server, pack
+from bus.streams.connection import Arg, Connection, Server
+from bus.streams.leases import Leases
 from bus.streams.reader import Reader
 from bus.streams.replies import Reply, ReplyError, row_of
 from bus.streams.script import Script
@@ -32,8 +32,9 @@ from bus.telemetry import Telemetry
 _append, _room, _record_topic = Script("append"), Script("room"), Script("record_topic")
 _ack, _park, _dead_letter = Script("ack"), Script("park"), Script("dead_letter")
 _renew, _start, _recover = Script("renew"), Script("start"), Script("recover")
-_take_due, _take_parked = Script("take_due"), Script("take_parked")
-_reclaim, _forget_consumer = Script("reclaim"), Script("forget_consumer")
+_take_due, _take_parked, _refund = Script("take_due"), Script("take_parked"), Script("refund")
+_move_parked, _retain = Script("move_parked"), Script("retain")
+_reclaim = Script("reclaim")
 
 
 class StreamStore:
@@ -43,6 +44,7 @@ class StreamStore:
         self._server = server
         self._telemetry = telemetry
         self.commands = Connection(server, "commands", telemetry)
+        self.leases = Leases(self.commands)
         self._publishing = Connection(server, "publishing", telemetry)
         self._history = Connection(server, "history", telemetry)
 
@@ -79,7 +81,7 @@ class StreamStore:
         for unit in units:
             args += unit
         target = (stream, keys.producer(stream, publisher))
-        reply = await self._run(self._publishing, _append, target, args, timeout_s)
+        reply = await _append.run(self._publishing, target, args, timeout_s)
         first, added, taken, repeated, left, pinned, lost, dropped = reply
         ms, _, low = first.decode().partition("-")
         room = Room(left, _pinned(pinned), _by_group(lost))
@@ -90,7 +92,7 @@ class StreamStore:
             taken,
             bool(repeated),
             room,
-            {_name(g): n for g, n in zip(dropped[::2], dropped[1::2], strict=True)},
+            {keys.text(g): n for g, n in zip(dropped[::2], dropped[1::2], strict=True)},
         )
 
     async def room(self, stream: str, limits: Limits, entries: int, *, urgent: bool = True) -> Room:
@@ -101,7 +103,7 @@ class StreamStore:
         """
         on = self._publishing if urgent else self.commands
         args: list[Arg] = [limits.keep, limits.most, entries]
-        left, pinned, lost = await self._run(on, _room, (stream,), args)
+        left, pinned, lost = await _room.run(on, (stream,), args)
         return Room(left, _pinned(pinned), _by_group(lost))
 
     # --- topics
@@ -116,12 +118,16 @@ class StreamStore:
     async def record_topic(self, topic: str, expected: bytes, new: bytes) -> bytes:
         """Record `new` if `expected` (b"" for nothing) still stands; return what stands now."""
         args: list[Arg] = [topic, expected, new]
-        return bytes(await self._run(self.commands, _record_topic, (keys.TOPICS,), args))
+        return bytes(await _record_topic.run(self.commands, (keys.TOPICS,), args))
 
     async def any_entries(self, streams: Sequence[str]) -> bool:
         """Return whether any of `streams` holds an entry. XLEN each, one write."""
-        lengths = await self._pipeline([("XLEN", s) for s in streams])
-        return any(isinstance(n, ReplyError) or n > 0 for n in lengths)
+        return any(n != 0 for n in await self.lengths(streams))
+
+    async def lengths(self, streams: Sequence[str]) -> list[int]:
+        """Return the number of entries of each stream, -1 where there is none to be had. XLEN."""
+        replies = await self.commands.pipeline([("XLEN", s) for s in streams])
+        return [-1 if isinstance(n, ReplyError) else n for n in replies]
 
     # --- groups
 
@@ -140,14 +146,15 @@ class StreamStore:
             (*c[:4], *ends[s]) if first == "$" and s in ends else c
             for c, (s, _, first) in zip(plain, wanted, strict=True)
         ]
-        replies = await self._pipeline(exact)
+        replies = await self.commands.pipeline(exact)
         # A server that shows counters and yet does not take them is asked in the plain way.
         again = [
             n
             for n, r in enumerate(replies)
             if exact[n] != plain[n] and isinstance(r, ReplyError) and r.code == "ERR"
         ]
-        for n, reply in zip(again, await self._pipeline([plain[n] for n in again]), strict=True):
+        second = await self.commands.pipeline([plain[n] for n in again])
+        for n, reply in zip(again, second, strict=True):
             replies[n] = reply
         return [
             not (isinstance(r, ReplyError) and r.code == "BUSYGROUP")
@@ -162,7 +169,7 @@ class StreamStore:
         Made at `$` a group would have no count until it has read to the end (7.0, Valkey); 6.2 has
         none at all. What is appended meanwhile is delivered, and the count is right all the same.
         """
-        replies = await self._pipeline([("XINFO", "STREAM", s) for s in streams])
+        replies = await self.commands.pipeline([("XINFO", "STREAM", s) for s in streams])
         rows = {
             s: row_of(r)
             for s, r in zip(streams, replies, strict=True)
@@ -204,30 +211,42 @@ class StreamStore:
         self, stream: str, group: str, consumer: str, ids: Sequence[bytes]
     ) -> list[bytes]:
         """Finish deliveries; return the ids refused. `ack.lua`, 0.9-1.4 us of server per id."""
-        return list(await self._run(self.commands, _ack, (stream,), [group, consumer, *ids]))
+        return list(await _ack.run(self.commands, (stream,), [group, consumer, *ids]))
 
     async def park(
-        self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, int, int]]
+        self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, Arg, int]]
     ) -> list[bytes]:
-        """Park (id, delay_ms, delivery count to store); return lanes, b"" refused, b"lost"."""
+        """Park (id, delay_ms, delivery count to store); return lanes, b"" refused, b"lost".
+
+        Instead of a delay: "@" and the server time in ms at which the entry is due.
+        """
         args: list[Arg] = [group, consumer]
         for entry in entries:
             args += entry
-        return list(await self._run(self.commands, _park, (stream,), args))
+        return list(await _park.run(self.commands, (stream,), args))
 
     async def dead_letter(
-        self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, list[Arg]]]
-    ) -> list[int]:
-        """Move (id, fields of the dead letter) to the dead letters; return 1 each, 0 refused."""
-        args: list[Arg] = [group, consumer]
+        self,
+        stream: str,
+        group: str,
+        consumer: str,
+        most: int,
+        entries: Iterable[tuple[bytes, list[Arg]]],
+    ) -> list[Buried]:
+        """Move (id, fields of the dead letter) to the dead letters, at most `most` in all (0: any).
+
+        `dead_letter.lua`.
+        """
+        args: list[Arg] = [group, consumer, most]
         for entry_id, fields in entries:
             args += (entry_id, len(fields), *fields)
         target = keys.dead(stream, group)
-        return list(await self._run(self.commands, _dead_letter, (stream, target), args))
+        reply = await _dead_letter.run(self.commands, (stream, target), args)
+        return [Buried(n) for n in reply]
 
     async def renew(self, stream: str, group: str, consumer: str, ids: Sequence[bytes]) -> Renewed:
         """Reset the idle time of what is held; the delivery counts stay. `renew.lua`."""
-        reply = await self._run(self.commands, _renew, (stream,), [group, consumer, *ids])
+        reply = await _renew.run(self.commands, (stream,), [group, consumer, *ids])
         return Renewed(*reply)
 
     async def start(
@@ -235,7 +254,35 @@ class StreamStore:
     ) -> Started:
         """Store the count of a reclaimed delivery that is about to run. `start.lua`."""
         args: list[Arg] = [group, consumer, entry_id, count]
-        return Started(await self._run(self.commands, _start, (stream,), args))
+        return Started(await _start.run(self.commands, (stream,), args))
+
+    async def refund(
+        self, stream: str, group: str, entries: Iterable[tuple[bytes, int, int]]
+    ) -> list[int]:
+        """Give parked entries attempts back: (id, least delivery count, attempts). `refund.lua`.
+
+        Returns per entry 1 done, 0 not parked any more or below that count, -1 its entry is gone.
+        """
+        args: list[Arg] = [group]
+        for entry in entries:
+            args += entry
+        return list(await _refund.run(self.commands, (stream,), args))
+
+    # --- making room
+
+    async def move_parked(self, stream: str, group: str, most: int) -> tuple[int, list[str]]:
+        """Move a group's oldest parked entries to its inbox; return how many, and ghosts met."""
+        target = (stream, keys.inbox(stream, group))
+        moved, lost = await _move_parked.run(self.commands, target, [keys.wire(group), most])
+        return moved, [i.decode() for i in lost]
+
+    async def retain(self, stream: str, retention_ms: int) -> tuple[int, dict[str, list[str]]]:
+        """Trim what is older than `retention_ms` and needed by nobody, about 5,000 at a time.
+
+        Returns how many went, and ghosts met by group. `retain.lua`.
+        """
+        gone, lost = await _retain.run(self.commands, (stream,), [retention_ms])
+        return gone, _by_group(lost)
 
     # --- taking over
 
@@ -244,14 +291,14 @@ class StreamStore:
     ) -> Taken:
         """Take up what is pending for `consumer` and not in `held`; counts stay. `recover.lua`."""
         args: list[Arg] = [group, consumer, most, *held]
-        return _taken(await self._run(self.commands, _recover, (stream,), args))
+        return _taken(await _recover.run(self.commands, (stream,), args))
 
     async def take_due(
         self, stream: str, group: str, consumer: str, most: int, lanes: Sequence[bytes]
     ) -> Taken:
         """Take up to `most` entries from due lanes; counts rise. `take_due.lua`."""
         args: list[Arg] = [group, consumer, most, *lanes]
-        return _taken(await self._run(self.commands, _take_due, (stream,), args))
+        return _taken(await _take_due.run(self.commands, (stream,), args))
 
     async def take_parked(
         self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, bytes]]
@@ -260,7 +307,7 @@ class StreamStore:
         args: list[Arg] = [group, consumer]
         for lane, entry_id in entries:
             args += (lane, entry_id)
-        return _taken(await self._run(self.commands, _take_parked, (stream,), args))
+        return _taken(await _take_parked.run(self.commands, (stream,), args))
 
     async def reclaim(
         self, stream: str, group: str, consumer: str, owner: bytes, most: int, least_idle_ms: int
@@ -271,93 +318,7 @@ class StreamStore:
         """
         args: list[Arg] = [group, consumer, owner, most, least_idle_ms]
         target = (stream, keys.lease(stream, owner))
-        return _taken(await self._run(self.commands, _reclaim, target, args))
-
-    async def survey(self, stream: str, groups: Sequence[str]) -> Survey:
-        """Look at the consumers of `groups`. Two round trips: TIME, SMEMBERS, XINFO; EXISTS."""
-        commands: list[tuple[Arg, ...]] = [("TIME",), ("SMEMBERS", keys.workers(stream))]
-        commands += [("XINFO", "CONSUMERS", stream, _wire(g)) for g in groups]
-        time, listed, *rows = await self._pipeline(commands)
-        for reply in (time, listed):
-            if isinstance(reply, ReplyError):
-                raise reply
-        found: dict[str, list[Consumer]] = {}
-        for group, reply in zip(groups, rows, strict=True):
-            if isinstance(reply, list):
-                table = [row_of(r) for r in reply]
-                found[group] = [Consumer(r["name"], r["pending"], r["idle"]) for r in table]
-        exists = await self._pipeline([("EXISTS", keys.lease(stream, name)) for name in listed])
-        alive = frozenset(n for n, e in zip(listed, exists, strict=True) if e != 0)
-        now_ms = int(time[0]) * 1000 + int(time[1]) // 1000
-        return Survey(now_ms, frozenset(listed), alive, found)
-
-    # --- leases
-
-    async def keep_leases(
-        self, streams: Sequence[str], consumer: str, groups: Sequence[str], lease_ms: int
-    ) -> None:
-        """Say that `consumer` is alive and serves `groups`.
-
-        PEXPIRE each, which a server without memory still allows; SET PX where that found nothing;
-        SADD each, since a janitor may have taken a paused worker off the list. One or two writes.
-        """
-        commands: list[tuple[Arg, ...]] = []
-        for stream in streams:
-            commands.append(("PEXPIRE", keys.lease(stream, consumer), lease_ms))
-            commands.append(("SADD", keys.workers(stream), consumer))
-        replies = await self._pipeline(commands)
-        kept = replies[::2]
-        gone = [s for s, reply in zip(streams, kept, strict=True) if reply != 1]
-        served = ",".join(groups)
-        made = await self._pipeline(
-            [("SET", keys.lease(s, consumer), served, "PX", lease_ms) for s in gone]
-        )
-        listed = [r for r, k in zip(replies[1::2], kept, strict=True) if k != 1]
-        for reply in (*made, *listed):
-            if isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
-                raise reply
-
-    async def drop_leases(self, streams: Sequence[str], consumer: str) -> None:
-        """Say that `consumer` has stopped. DEL each, one write."""
-        await self._pipeline([("DEL", keys.lease(s, consumer)) for s in streams])
-
-    async def served_groups(self, stream: str) -> set[str]:
-        """Return the groups that live workers say they serve. SMEMBERS, then GET each."""
-        names = await self.commands.call("SMEMBERS", keys.workers(stream))
-        leases = await self._pipeline([("GET", keys.lease(stream, n)) for n in names])
-        return {
-            g
-            for v in leases
-            if isinstance(v, bytes)
-            for g in v.decode("utf-8", "replace").split(",")
-        }
-
-    async def try_sweep(
-        self, streams: Sequence[str], groups: Iterable[str], consumer: str, lease_ms: int
-    ) -> list[str]:
-        """Return the streams whose sweep is this process's turn now. SET NX PX each, one write."""
-        names = tuple(groups)
-        replies = await self._pipeline(
-            [("SET", keys.sweep(s, names), consumer, "NX", "PX", lease_ms) for s in streams]
-        )
-        ours = []
-        for stream, reply in zip(streams, replies, strict=True):
-            # Without memory nobody gets a turn: then all may look, each take is safe by itself.
-            if reply == b"OK" or (isinstance(reply, ReplyError) and reply.code == "OOM"):
-                ours.append(stream)
-            elif isinstance(reply, ReplyError) and reply.code != "WRONGTYPE":
-                raise reply
-        return ours
-
-    async def forget_consumer(self, stream: str, group: str, consumer: bytes) -> bool:
-        """Remove a consumer that has no lease and nothing pending; True if it is gone now."""
-        args: list[Arg] = [_wire(group), consumer]
-        target = (stream, keys.lease(stream, consumer))
-        return bool(await self._run(self.commands, _forget_consumer, target, args))
-
-    async def unlist_worker(self, stream: str, consumer: bytes) -> None:
-        """Take a worker that is gone off the list. SREM."""
-        await self.commands.call("SREM", keys.workers(stream), consumer)
+        return _taken(await _reclaim.run(self.commands, target, args))
 
     # --- looking back
 
@@ -371,58 +332,21 @@ class StreamStore:
 
     async def look(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
         """Send commands that only read, in one write; errors are among the replies."""
-        if not commands:
-            return []
-        packed = b"".join(pack(c) for c in commands)
-        return await self._history.submit(packed, len(commands))
-
-    # --- sending
-
-    async def _pipeline(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
-        """Send `commands` in one write; errors are among the replies."""
-        if not commands:
-            return []
-        packed = b"".join(pack(c) for c in commands)
-        return await self.commands.submit(packed, len(commands))
-
-    async def _run(
-        self,
-        connection: Connection,
-        script: Script,
-        on: tuple[Arg, ...],
-        args: list[Arg],
-        timeout_s: float = REPLY_TIMEOUT_S,
-    ) -> Reply:
-        (reply,) = await connection.submit(script.packed(on, args), 1, timeout_s)
-        if isinstance(reply, ReplyError) and reply.code == "NOSCRIPT":
-            (reply,) = await connection.submit(script.packed_with_text(on, args), 1, timeout_s)
-        if isinstance(reply, ReplyError):
-            raise reply
-        return reply
-
-
-def _wire(name: str) -> bytes:
-    """Return a group's name as the server has it; others may have given it any bytes."""
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _name(group: bytes) -> str:
-    """Return a group's name as text; the opposite of `_wire`."""
-    return group.decode("utf-8", "surrogateescape")
+        return await self._history.pipeline(commands)
 
 
 def _pinned(reply: Reply) -> Pinned | None:
     if not reply:
         return None
     group, floor, pending, lag = reply
-    return Pinned(_name(group), floor.decode(), pending, lag if lag >= 0 else None)
+    return Pinned(keys.text(group), floor.decode(), pending, lag if lag >= 0 else None)
 
 
 def _by_group(flat: Sequence[bytes]) -> dict[str, list[str]]:
     """Return {group: ids} of a flat list of pairs."""
     found: dict[str, list[str]] = {}
     for group, entry_id in zip(flat[::2], flat[1::2], strict=True):
-        found.setdefault(_name(group), []).append(entry_id.decode())
+        found.setdefault(keys.text(group), []).append(entry_id.decode())
     return found
 
 

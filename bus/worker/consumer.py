@@ -1,30 +1,38 @@
 """One handler at work: a buffer of deliveries and the slots that run them.
 
     intake -> buffer -> slots (executor) -> settler
-                ^                              |
+                ^                     |        |
+                |                   guard      |
                 +--- retries, reclaimer <------+  (lanes in the pending list)
 
-The intake reads, the executor decides, the settler writes; here is only who runs when.
+The intake reads, the executor decides, the guard has a second look at failures, the settler
+writes; here is only who runs when.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
-from bus.config import IN_HAND_S, READ_COUNT, WAITED_S
+from bus.config import WAITED_S
 from bus.delivery import ACK, HAND_BACK, DeadLetter, DeadLettered, Delivery, Publishes, Verdict
 from bus.errors import BusError
 from bus.handler import Handler
-from bus.streams.answers import RawEntry, Started, Taken
+from bus.streams.answers import RawEntry, Taken
 from bus.streams.codec import envelope_of
+from bus.streams.keys import home
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
-from bus.worker.hand import Hand, Holding, names_of, tell_lost
+from bus.worker.guard import Guard
+from bus.worker.hand import Hand, Holding, names_of
 from bus.worker.intake import Intake
+from bus.worker.pace import Pace
+from bus.worker.refunds import Refunds
 from bus.worker.retries import PromptRetries
 from bus.worker.settler import Settler
+from bus.worker.suspects import Suspects
 from bus.worker.turn import Turn
 
 _SHORTEST_UNCHECKED_S = 0.1  # below a round trip to a distant server, every check would be late
@@ -64,8 +72,18 @@ class Consumer:
             store, name, telemetry, self._free, self.deliver, self._outcome_unknown
         )
         self._settler = Settler(
-            store, name, self.hands, telemetry, self._retries.parked, self._relieved
+            store,
+            name,
+            self.hands,
+            telemetry,
+            self._retries.parked,
+            self._relieved,
+            dead_letter_maxlen=handler.dead_letter_maxlen or 0,
         )
+        refunds = Refunds(store, self.group, self.hands, telemetry)
+        self._guard = Guard(handler, self, self.holding, self._settler.settle, refunds, telemetry)
+        self._circuit = self._guard.circuit
+        self._suspects = Suspects(store, name, self.holding, telemetry, self._outcome_unknown)
         self.intake = Intake(
             store,
             handler.group,
@@ -76,18 +94,15 @@ class Consumer:
             block_ms=max(1, int(self._unchecked_s * 500)),
         )
         self._slots = [Slot() for _ in range(concurrency)]
-        self._suspect_runs = False
         self._idle: deque[asyncio.Future[None]] = deque()
         self._running = 0
         self._reserved = 0
         self._wants_turn = False
         self._stopping = False
         self._closing = False
-        self._checking = asyncio.Lock()
-        self._finished = 0
-        self._rate = 0.0  # deliveries settled per second, while there is work
-        self._measured_at = 0.0
-        self._measured = 0
+        self.returned = 0  # calls of the handler that returned; one addition for each, see Circuit
+        self._ended_otherwise = 0
+        self._pace = Pace()
 
     # --- life
 
@@ -95,7 +110,9 @@ class Consumer:
         """Read these streams too, from the next read on."""
         for stream in streams:
             if stream not in self.hands:
-                self.hands[stream] = Hand(self.group, stream, self._bus, envelope_of, state)
+                self.hands[stream] = Hand(
+                    self.group, stream, home(stream), self._bus, envelope_of, state
+                )
 
     def start(self) -> list["asyncio.Task[None]"]:
         """Start the slots and loops; return their tasks, the read loop first."""
@@ -119,7 +136,7 @@ class Consumer:
         self._retries.stop()
         await self.intake.stop(intake)
         await self._retries.finish()
-        back = self._hand_back(lambda _: True)
+        back = self._hand_back(lambda _: True) + self._guard.stop()
         # What was reclaimed and not started is left as it is: its count says how often it was
         # started, and others reclaim it when our lease is gone.
         self.holding.forget([*self.holding.buffer, *self.holding.suspects])
@@ -140,6 +157,7 @@ class Consumer:
         self._settler.hurry()
         while self._settler.has_work:  # noqa: ASYNC110 - at stop only
             await asyncio.sleep(0.002)
+        await self._guard.finish()
 
     def cancel_calls(self) -> int:
         """Cancel the calls that still run, to be handed back uncounted; return how many."""
@@ -162,15 +180,24 @@ class Consumer:
     def deliver_new(self, hand: Hand, entries: Sequence[RawEntry], sent_at: float) -> None:
         """Take entries read for the first time, behind what is there."""
         now = asyncio.get_running_loop().time()
-        self._measure(now)
-        self.holding.add_new(hand, entries, sent_at, now)
-        self._wake_slots(len(entries))
+        self._pace.measure(now, self.returned + self._ended_otherwise)
+        for delivery, park in self.holding.add_new(hand, entries, sent_at, now):
+            self._settler.settle(hand, delivery, park)
+        self._came_in(len(entries))
 
     def deliver(self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool = False) -> int:
         """Take entries moved here by a script sent at `asked_at`, before the new ones."""
         count = self.holding.add_taken(hand, taken, asked_at, reclaimed=reclaimed)
-        self._wake_slots(count)
+        self._came_in(count)
         return count
+
+    def _came_in(self, count: int) -> None:
+        if self._circuit.is_open and count:
+            # Asked for before it opened, or by several ways at once: one may be the probe.
+            buffer = self.holding.buffer
+            probe = buffer[0] if buffer and not self._circuit.blocked else None
+            self._hand_back(lambda d: d is not probe)
+        self._wake_slots(count)
 
     def _outcome_unknown(self, error: BusError) -> None:
         """A script may have moved entries here and its reply was lost: recover before reading."""
@@ -184,7 +211,10 @@ class Consumer:
     def _free(self) -> int:
         if self._stopping or self._settler.is_behind:
             return 0
-        return max(0, self.concurrency - self._running - self.holding.waiting)
+        free = max(0, self.concurrency - self._running - self.holding.waiting)
+        if self._circuit.is_open:  # something for the probe, if there is nothing yet
+            return 0 if self._circuit.blocked or self.holding.waiting else min(1, free)
+        return free
 
     def _relieved(self) -> None:
         self.intake.look_again()
@@ -193,19 +223,16 @@ class Consumer:
         """Entries to ask for: the free slots, or what they do in IN_HAND_S if that is more."""
         if self._settler.is_behind:
             return 0
-        ahead = min(int(self._rate * IN_HAND_S), 2 * READ_COUNT)
-        room = max(self.concurrency - self._running, ahead) - len(self.holding.buffer)
+        if self._circuit.is_open:
+            room = self._free()
+        else:
+            busy = self._running
+            room = max(self.concurrency - busy, self._pace.ahead) - len(self.holding.buffer)
         if room > 0 and self._wants_turn:
             self._wants_turn = False
             self._reserved = max(1, room // 2)
             self.turn_given(self)
         return room - self._reserved
-
-    def _measure(self, now: float) -> None:
-        done = self._finished - self._measured
-        if done and now > self._measured_at:
-            self._rate += (done / (now - self._measured_at) - self._rate) * 0.5
-        self._measured_at, self._measured = now, self._finished
 
     def reserve(self) -> int:
         """Return how many due or orphaned entries may be taken: half the free slots, at least one.
@@ -224,6 +251,25 @@ class Consumer:
         self._reserved = 0
         self.intake.look_again()
 
+    def _hand_back(self, chosen: Callable[[Delivery[Any]], bool]) -> int:
+        """Hand back what has not started and was not reclaimed; return how many."""
+        back = self.holding.take_out(chosen)
+        for delivery in back:
+            self._settler.settle(self.holding.of(delivery), delivery, HAND_BACK)
+        return len(back)
+
+    # --- what the guard asks for
+
+    def shut(self) -> None:
+        """Give up what waits: the circuit has opened. What was reclaimed stays, for the probes."""
+        self._reserved = 0
+        self._hand_back(lambda _: True)
+
+    def look_again(self) -> None:
+        """See what may start now: a probe, everything, or a held dead letter."""
+        self._wake_slots(len(self.holding.buffer))
+        self.intake.look_again()
+
     # --- slots
 
     def _wake_slots(self, entries: int) -> None:
@@ -232,10 +278,10 @@ class Consumer:
 
     async def _slot(self, slot: Slot) -> None:
         clock = asyncio.get_running_loop().time
-        buffer, turn = self.holding.buffer, self._turn
+        buffer, turn, circuit = self.holding.buffer, self._turn, self._circuit
         has_run = False
         while True:
-            if not buffer:
+            if not buffer or circuit.blocked:
                 if self._closing:
                     return
                 waiter = asyncio.get_running_loop().create_future()
@@ -254,17 +300,19 @@ class Consumer:
             delivery = buffer.popleft()
             if now - delivery.checked_at > self._unchecked_s:
                 buffer.appendleft(delivery)
-                await self._check_ownership()
+                await self.holding.check(self._unchecked_s)
                 continue
             self._running += 1
             try:
-                if delivery.reclaimed:
-                    await self._handle_reclaimed(slot, delivery)
+                if circuit.is_open:
+                    await self._probe(slot, delivery, now)
+                elif delivery.reclaimed or delivery.condemned is not None:
+                    await self._handle_other(slot, delivery, now)
                 else:
                     await self._handle(slot, delivery, now)
             finally:
                 self._running -= 1
-            if self.intake.waits and len(buffer) <= self._low_water():
+            if self.intake.waits and len(buffer) <= self._pace.low_water:
                 self.intake.look_again()
 
     async def _waited(self, slot: Slot, until: Awaitable[None]) -> None:
@@ -276,24 +324,61 @@ class Consumer:
                 raise
             await absorb_cancellation(slot.task)
 
-    def _low_water(self) -> int:
-        """The buffer length at which reading on is worth a look: half of what is kept in hand."""
-        return min(READ_COUNT, int(self._rate * IN_HAND_S) // 2)
-
-    async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> None:
+    async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> Verdict | None:
+        """Handle and settle one; return how the call ended, None if there was none."""
         verdict = self._executor.triage(delivery)
-        if verdict is None:
-            slot.delivery = delivery
-            slot.started_at = now
-            verdict = await self._executor.call(slot, delivery)
-            slot.started_at = 0.0
-            if slot.task is not None and slot.task.cancelling():
-                await self._end_cancelled(slot.task, delivery, verdict)
-        if verdict is ACK:
-            self._finished += 1
-            self._settler.ack(delivery)
-        else:
+        if verdict is not None:
             await self._settle(slot, delivery, verdict)
+            return None
+        slot.delivery = delivery
+        slot.started_at = now
+        verdict = await self._executor.call(slot, delivery)
+        slot.started_at = 0.0
+        if slot.task is not None and slot.task.cancelling():
+            await self._end_cancelled(slot.task, delivery, verdict)
+        if verdict is ACK:
+            self.returned += 1
+            self._settler.ack(delivery)
+        elif (judged := self._guard.judge(delivery, verdict, now)) is not None:
+            await self._settle(slot, delivery, judged)
+        return verdict
+
+    async def _probe(self, slot: Slot, delivery: Delivery[Any], now: float) -> None:
+        """Try one while the circuit is open."""
+        self._circuit.probe(now)
+        verdict = None
+        try:
+            verdict = await self._handle_other(slot, delivery, now)
+        finally:
+            self._guard.probed(verdict, now)
+
+    async def _handle_other(
+        self, slot: Slot, delivery: Delivery[Any], now: float
+    ) -> Verdict | None:
+        """Handle what may need more than a call; return as `_handle`."""
+        if delivery.condemned is not None:
+            await self._settle(slot, delivery, delivery.condemned)
+            return None
+        if not delivery.reclaimed:
+            return await self._handle(slot, delivery, now)
+        crashed = self._executor.crashed(delivery)
+        if crashed is not None:
+            await self._settle(slot, delivery, crashed)
+            return None
+        was_open = self._circuit.is_open
+        run = partial(self._handle_counted, slot, delivery, probe=was_open)
+        return await self._suspects.start(delivery, run)
+
+    async def _handle_counted(
+        self, slot: Slot, delivery: Delivery[Any], *, probe: bool
+    ) -> Verdict | None:
+        """Handle one whose start was counted, unless it must not start any more."""
+        now = asyncio.get_running_loop().time()
+        stopped_for_long = now - delivery.checked_at > self._unchecked_s
+        if stopped_for_long or (self._circuit.is_open and not probe):
+            self.holding.buffer.appendleft(delivery)  # as any other: asked for before it runs
+            return None
+        return await self._handle(slot, delivery, now)
 
     async def _settle(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
         if (
@@ -302,7 +387,7 @@ class Consumer:
             and not await self._tell_on_dead(slot, delivery, verdict)
         ):
             return
-        self._finished += 1
+        self._ended_otherwise += 1
         self._settler.settle(self.holding.of(delivery), delivery, verdict)
 
     async def _end_cancelled(
@@ -346,88 +431,6 @@ class Consumer:
             )
         return True
 
-    # --- reclaimed entries: one of them may be what killed its worker
-
-    async def _handle_reclaimed(self, slot: Slot, delivery: Delivery[Any]) -> None:
-        crashed = self._executor.crashed(delivery)
-        if crashed is not None:
-            await self._settle(slot, delivery, crashed)
-            return
-        suspect = delivery.attempt > 1  # started before, or at least not its first worker
-        if suspect and self._suspect_runs:
-            # One at a time: if it kills us, the others are cleared.
-            self.holding.suspects.append(delivery)
-            return
-        self._suspect_runs = self._suspect_runs or suspect
-        try:
-            started_at = asyncio.get_running_loop().time()
-            if await self._count_start(delivery):
-                delivery.checked_at = started_at
-                await self._check_start(slot, delivery)
-        finally:
-            if suspect:
-                self._suspect_runs = False
-                if self.holding.suspects:
-                    self.holding.buffer.appendleft(self.holding.suspects.popleft())
-                    self._wake_slots(1)
-
-    async def _check_start(self, slot: Slot, delivery: Delivery[Any]) -> None:
-        """Run a delivery whose start was counted, unless we were stopped meanwhile for long."""
-        now = asyncio.get_running_loop().time()
-        if now - delivery.checked_at > self._unchecked_s:
-            self.holding.buffer.appendleft(delivery)  # as any other: asked for before it runs
-        else:
-            await self._handle(slot, delivery, now)
-
-    async def _count_start(self, delivery: Delivery[Any]) -> bool:
-        """Raise the delivery count of a reclaimed entry; False if it must not run here."""
-        hand = self.holding.of(delivery)
-        try:
-            started = await self._store.start(
-                hand.stream, self.group, self.name, delivery.entry_id, delivery.attempt + 1
-            )
-        except BusError as error:
-            self._outcome_unknown(error)  # not started: recovered with the rest
-            hand.held.pop(delivery.entry_id, None)
-            return False
-        if started is Started.YES:
-            delivery.reclaimed = False
-            delivery.attempt += 1
-            return True
-        hand.held.pop(delivery.entry_id, None)
-        if started is Started.LOST:
-            tell_lost(self._telemetry, hand, [delivery.entry_id])
-        else:
-            self.holding.tell_dropped(hand, 1)
-        return False
-
-    # --- ownership
-
-    async def _check_ownership(self) -> None:
-        """Ask the server whether what lay unread for long is still ours, before any of it runs."""
-        async with self._checking:
-            now = asyncio.get_running_loop().time()
-            buffer = self.holding.buffer
-            if not buffer or now - buffer[0].checked_at <= self._unchecked_s:
-                return  # another slot has asked meanwhile
-            try:
-                await self.holding.renew()
-            except BusError as error:
-                self._telemetry.emit(
-                    "lease.failed",
-                    worker=self.name,
-                    error_type=type(error).__name__,
-                    error=str(error),
-                )
-                await asyncio.sleep(0.1)  # the server is away; nothing may run until it says
-
-    def _hand_back(self, chosen: Callable[[Delivery[Any]], bool]) -> int:
-        """Hand back what has not started and was not reclaimed; return how many."""
-        back = self.holding.take_out(chosen)
-        for delivery in back:
-            self._settler.settle(self.holding.of(delivery), delivery, HAND_BACK)
-        return len(back)
-
     # --- the tick
 
     def look_after(self, now: float) -> None:
@@ -441,9 +444,10 @@ class Consumer:
         if (
             self.holding.buffer
             and all_busy
-            and self._hand_back(lambda d: now - d.received_at > WAITED_S)
+            and self._hand_back(lambda d: now - d.received_at > WAITED_S and d.condemned is None)
         ):
-            self._rate = 0.0  # the estimate that read so far ahead was wrong
+            self._pace.forget()
+        self._guard.look_after(now)
 
     def _time_out(self, slot: Slot, now: float) -> None:
         if slot.cancelled_at > slot.started_at and slot.delivery is not None:

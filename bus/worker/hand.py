@@ -11,8 +11,9 @@ from typing import Any
 
 from bus.config import VERDICTS_PER_CALL
 from bus.delivery import DeadLetter, Delivery, HandBack, Origin, Park
+from bus.errors import BusError
 from bus.streams.answers import RawEntry, Taken
-from bus.streams.codec import locate
+from bus.streams.codec import locate, moved
 from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
@@ -60,6 +61,11 @@ class Hand(Origin):
     singly: bool = False
 
     @property
+    def is_inbox(self) -> bool:
+        """Whether it is the hand of the group's inbox: acked entries are deleted there."""
+        return self.stream != self.home
+
+    @property
     def known(self) -> list[bytes]:
         """The ids of everything in hand."""
         return [*self.held, *self.acks, *self.acking]
@@ -74,7 +80,8 @@ class Holding:
     """Everything a consumer has in hand; the part that waits is in `buffer` and `suspects`.
 
     buffer: what the slots take next. suspects: reclaimed entries that wait until another of them
-    has run, since one of them may be what killed its worker.
+    has run, since one of them may be what killed its worker. condemned: dead letters to be, oldest
+    first, with the loop time until which they are held (`guard.py`).
     """
 
     def __init__(self, store: StreamStore, group: str, consumer: str, telemetry: Telemetry) -> None:
@@ -85,6 +92,8 @@ class Holding:
         self.hands: dict[str, Hand] = {}
         self.buffer: deque[Delivery[Any]] = deque()
         self.suspects: deque[Delivery[Any]] = deque()
+        self.condemned: dict[Delivery[Any], float] = {}
+        self._checking = asyncio.Lock()
 
     @property
     def waiting(self) -> int:
@@ -102,12 +111,16 @@ class Holding:
 
     # --- coming in
 
-    def add_new(self, hand: Hand, entries: Sequence[RawEntry], sent_at: float, now: float) -> None:
-        """Put entries read for the first time behind what is there.
+    def add_new(
+        self, hand: Hand, entries: Sequence[RawEntry], sent_at: float, now: float
+    ) -> list[tuple[Delivery[Any], Park]]:
+        """Put entries read for the first time behind what is there; return those to park again.
 
         They are dated by when the read was sent: a process that was stopped meanwhile finds
         replies that are long stale.
         """
+        if hand.is_inbox:
+            return self._add_moved(hand, entries, sent_at, now)
         held, append = hand.held, self.buffer.append
         for entry_id, fields in entries:
             delivery: Delivery[Any] = Delivery(hand, entry_id, fields, 1, sent_at, now)
@@ -115,6 +128,25 @@ class Holding:
             # runs, and its verdict will settle it.
             if held.setdefault(entry_id, delivery) is delivery:
                 append(delivery)
+        return []
+
+    def _add_moved(
+        self, hand: Hand, entries: Sequence[RawEntry], sent_at: float, now: float
+    ) -> list[tuple[Delivery[Any], Park]]:
+        """Add entries of an inbox; what was parked before it came there is parked again."""
+        parked: list[tuple[Delivery[Any], Park]] = []
+        for entry_id, fields in entries:
+            was = moved(entry_id, fields)
+            delivery: Delivery[Any] = Delivery(
+                hand, entry_id, fields, was.attempts + 1, sent_at, now
+            )
+            if hand.held.setdefault(entry_id, delivery) is not delivery:
+                continue
+            if was.due_ms:
+                parked.append((delivery, Park(0, until_ms=was.due_ms)))
+            else:
+                self.buffer.append(delivery)
+        return parked
 
     def add_taken(self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool) -> int:
         """Put entries moved here by a script sent at `asked_at` first; return how many."""
@@ -122,6 +154,8 @@ class Holding:
         known = set(hand.known)
         fresh = [e for e in taken.entries if e[0] not in known]
         for entry_id, count, fields in reversed(fresh):
+            if hand.is_inbox:  # its first delivery counted 1, whatever had been used up before
+                count = max(count, moved(entry_id, fields).attempts + 1)  # noqa: PLW2901
             delivery: Delivery[Any] = Delivery(hand, entry_id, fields, count, asked_at, now)
             delivery.reclaimed = reclaimed
             hand.held[entry_id] = delivery
@@ -162,10 +196,27 @@ class Holding:
         renewed = await self._store.renew(hand.stream, self._group, self._consumer, ids)
         return not renewed.refused
 
+    async def check(self, unchecked_s: float) -> None:
+        """Ask the server whether what lay unread for long is still ours, before any of it runs."""
+        async with self._checking:
+            now = asyncio.get_running_loop().time()
+            if not self.buffer or now - self.buffer[0].checked_at <= unchecked_s:
+                return  # another slot has asked meanwhile
+            try:
+                await self.renew()
+            except BusError as error:
+                self._telemetry.emit(
+                    "lease.failed",
+                    worker=self._consumer,
+                    error_type=type(error).__name__,
+                    error=str(error),
+                )
+                await asyncio.sleep(0.1)  # the server is away; nothing may run until it says
+
     def drop(self, hand: Hand, ids: Sequence[bytes]) -> None:
         """Forget what waits and is not ours; what runs ends with a verdict that is refused."""
         gone = set(ids)
-        waiting = (*self.buffer, *self.suspects)
+        waiting = (*self.buffer, *self.suspects, *self.condemned)
         theirs = [d for d in waiting if d.entry_id in gone and d.origin is hand]
         if theirs:
             self.forget(theirs)
@@ -179,7 +230,14 @@ class Holding:
             queue.clear()
             queue.extend(keep)
         for delivery in deliveries:
+            self.condemned.pop(delivery, None)
             self.of(delivery).held.pop(delivery.entry_id, None)
+
+    def pardon(self, delivery: Delivery[Any]) -> None:
+        """Take one that was to be a dead letter from where it waits; it gets another verdict."""
+        delivery.condemned = None
+        if self.condemned.pop(delivery, None) is None:
+            self.buffer.remove(delivery)
 
     def take_out(self, chosen: Callable[[Delivery[Any]], bool]) -> list[Delivery[Any]]:
         """Take what has not started out of the buffer, to be handed back; reclaimed ones stay."""

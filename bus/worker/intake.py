@@ -60,6 +60,7 @@ class Intake:
         self._stopping = asyncio.Event()
         self._room: asyncio.Future[None] | None = None
         self._cursor = 0  # where the next look at a few streams begins
+        self._busy_inboxes: set[str] = set()  # those that had something when last looked at
         self._found_nothing = 0  # streams that had nothing, since one had
         self.unseen = False  # the server may have delivered what we never saw
         self.broken: set[str] = set()  # streams whose key holds something else
@@ -132,15 +133,21 @@ class Intake:
             self._room = None
             return
         block_ms = self._block_ms
-        if count < len(streams) and self._found_nothing < len(streams):
-            streams, block_ms = self._next_few(streams, count), 0
-        by_bytes = int(READ_BYTES / self._entry_bytes / len(streams)) or 1
-        per_stream = min(-(-count // len(streams)), by_bytes, READ_COUNT)
+        # An inbox is nearly always empty: it is listed, but gets a share of the count only when it
+        # had something the last time.
+        likely = [s for s in streams if not self._hands[s].is_inbox or s in self._busy_inboxes]
+        idle = [s for s in streams if s not in likely]
+        if count < len(likely) and self._found_nothing < len(likely):
+            likely, block_ms = self._next_few(likely, count), 0
+        by_bytes = int(READ_BYTES / self._entry_bytes / len(likely)) or 1
+        per_stream = min(-(-count // len(likely)), by_bytes, READ_COUNT)
         sent_at = asyncio.get_running_loop().time()
         replies = await self._reader.read(
-            self._group, self._consumer, streams, per_stream, block_ms
+            self._group, self._consumer, [*likely, *idle], per_stream, block_ms
         )
-        self._found_nothing = 0 if replies else self._found_nothing + len(streams)
+        self._found_nothing = 0 if replies else self._found_nothing + len(likely)
+        self._busy_inboxes -= set(likely)
+        self._busy_inboxes |= {s for s, _ in replies if self._hands[s].is_inbox}
         total = 0
         for stream, entries in replies:
             total += len(entries)
@@ -198,7 +205,7 @@ class Intake:
         streams = [s for s in self._hands if s not in self.broken]
         results = await self._store.create_groups([(s, self._group, "0") for s in streams])
         for stream, result in zip(streams, results, strict=True):
-            if result is True:
+            if result is True and not self._hands[stream].is_inbox:
                 self._telemetry.emit("group.recreated", stream=stream, group=self._group)
             elif isinstance(result, ReplyError):
                 if result.code != "WRONGTYPE":

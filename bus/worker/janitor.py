@@ -1,28 +1,73 @@
-"""Slow chores: dead workers are forgotten, mended streams read again, unserved groups named."""
+"""Slow chores.
 
-from collections.abc import Sequence
+Dead workers are forgotten, mended streams read again, what is too old is trimmed, and groups that
+nobody serves are named.
+"""
 
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from bus.config import UNSERVED_SHARE
 from bus.errors import BusError
-from bus.streams.keys import lane_due_ms
+from bus.streams import keys
 from bus.streams.stream import StreamStore
+from bus.streams.topics import Record
 from bus.telemetry import Telemetry
 from bus.worker.consumer import Consumer
+from bus.worker.pressure import TURN_MS, share_used
+
+_RETAINED_PER_CALL = 4_000  # a call that trims so many may have left more
+
+
+class _Share(Protocol):
+    @property
+    def group(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+
+
+class _Stream(Protocol):
+    @property
+    def stream(self) -> str: ...
+    @property
+    def groups(self) -> Sequence[_Share]: ...
+
+
+class _Backlog(Protocol):
+    @property
+    def streams(self) -> Sequence[_Stream]: ...
+
+
+class JanitorsBus(Protocol):
+    """What the janitor needs of a bus."""
+
+    store: StreamStore
+    telemetry: Telemetry
+
+    async def backlog(self, topic: str) -> _Backlog:
+        """Say which group pins how much of the room of each stream."""
 
 
 class Janitor:
-    """The chores of one process."""
+    """The chores of one process.
+
+    records: partition -> what is recorded of its topic; the supervisor keeps it up to date.
+    """
 
     def __init__(
         self,
-        store: StreamStore,
+        bus: JanitorsBus,
         name: str,
         consumers: Sequence[Consumer],
-        telemetry: Telemetry,
+        records: Mapping[str, Record],
     ) -> None:
-        self._store = store
+        self._bus = bus
+        self._store = bus.store
         self._name = name.encode()
         self._consumers = consumers
-        self._telemetry = telemetry
+        self._records = records
+        self._telemetry = bus.telemetry
+        self._alerted: set[tuple[str, str]] = set()  # unserved groups that pin too much
 
     async def tidy(self) -> None:
         """Do all chores once. Errors are told and left for the next time."""
@@ -30,8 +75,10 @@ class Janitor:
             for consumer in self._consumers:
                 if consumer.intake.broken:
                     await consumer.intake.find_broken()
-            for stream in {s for c in self._consumers for s in c.hands}:
+            for stream in list(self._records):
                 await self._forget_dead_workers(stream)
+            await self._trim_what_is_too_old()
+            await self._alert_unserved()
         except BusError as error:
             self._telemetry.emit(
                 "janitor.failed",
@@ -40,6 +87,8 @@ class Janitor:
                 error=str(error),
             )
 
+    # --- consumers
+
     async def _forget_dead_workers(self, stream: str) -> None:
         """Remove consumers of workers whose lease is gone, once nothing is pending for them.
 
@@ -47,31 +96,87 @@ class Janitor:
         language made keeps no lease and is left alone.
         """
         groups = list(await self._store.groups_of(stream))
-        survey = await self._store.survey(stream, groups)
+        places = [(stream, g) for g in groups] + [(keys.inbox(stream, g), g) for g in groups]
+        survey = await self._store.leases.survey(stream, places)
         for name in survey.listed - survey.alive:
             left = False
-            for group, consumers in survey.groups.items():
+            for (key, group), consumers in survey.consumers.items():
                 for consumer in consumers:
-                    if consumer.name != name or lane_due_ms(name) is not None:
+                    if consumer.name != name or keys.lane_due_ms(name) is not None:
                         continue
                     if consumer.pending:
                         left = True
-                    elif await self._store.forget_consumer(stream, group, name):
+                    elif await self._store.leases.forget_consumer(key, group, name):
                         self._telemetry.emit(
                             "consumer.forgotten",
-                            stream=stream,
+                            stream=key,
                             group=shown(group),
                             consumer=name.decode(errors="replace"),
                         )
             if not left and name != self._name:
-                await self._store.unlist_worker(stream, name)
+                await self._store.leases.unlist_worker(stream, name)
+
+    # --- retention
+
+    async def _trim_what_is_too_old(self) -> None:
+        """Trim by age, one process per stream; what a group needs stays, however old."""
+        aged = [s for s, r in self._records.items() if r.retention_s is not None]
+        if not aged:
+            return
+        ours = await self._store.leases.try_chore(aged, "retention", self._name.decode(), TURN_MS)
+        for stream in ours:
+            retention_ms = int((self._records[stream].retention_s or 0) * 1000)
+            gone = _RETAINED_PER_CALL
+            while gone >= _RETAINED_PER_CALL:
+                gone, lost = await self._store.retain(stream, retention_ms)
+                for group, ids in lost.items():
+                    self._telemetry.emit(
+                        "delivery.lost",
+                        stream=stream,
+                        group=group,
+                        count=len(ids),
+                        entry_ids=ids[:20],
+                    )
+
+    # --- groups that nobody serves
 
     async def name_unserved(self) -> None:
         """Tell of every group of our streams that no live worker serves: it holds entries back."""
-        for stream in sorted({s for c in self._consumers for s in c.hands}):
-            served = await self._store.served_groups(stream)
-            for group in sorted(set(await self._store.groups_of(stream)) - served):
-                self._telemetry.emit("group.unserved", stream=stream, group=shown(group))
+        for stream, group, share in await self._unserved(list(self._records)):
+            self._telemetry.emit("group.unserved", stream=stream, group=group, share=share)
+
+    async def _alert_unserved(self) -> None:
+        """Tell of those that pin half of the room or more; once, until they pin less again."""
+        records = self._records
+        lengths = zip(records, await self._store.lengths(list(records)), strict=True)
+        high = [
+            s for s, n in lengths if share_used(records[s], records[s].maxlen - n) >= UNSERVED_SHARE
+        ]
+        pinning = set()
+        for stream, group, share in await self._unserved(high):
+            if share >= UNSERVED_SHARE:
+                pinning.add((stream, group))
+                if (stream, group) not in self._alerted:
+                    self._telemetry.emit("group.pinning", stream=stream, group=group, share=share)
+        self._alerted = pinning
+
+    async def _unserved(self, streams: Sequence[str]) -> list[tuple[str, str, float]]:
+        """Return (stream, group, share of the room it pins) of groups without a live worker."""
+        unserved: dict[str, set[str]] = {}
+        for stream in sorted(streams):
+            served = await self._store.leases.served_groups(stream)
+            if left := set(await self._store.groups_of(stream)) - served:
+                unserved[stream] = {shown(g) for g in left}
+        found = []
+        for topic in sorted({keys.topic_of(s) for s in unserved}):
+            backlog = await self._bus.backlog(topic)
+            found += [
+                (s.stream, g.group, round(g.share, 3))
+                for s in backlog.streams
+                for g in s.groups
+                if g.group in unserved.get(s.stream, ())
+            ]
+        return found
 
 
 def shown(name: str) -> str:

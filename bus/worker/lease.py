@@ -44,8 +44,8 @@ class Lease:
 
     @property
     def streams(self) -> list[str]:
-        """All streams this process serves."""
-        return sorted({s for c in self._consumers for s in c.hands})
+        """The partitions this process serves; their inboxes share their leases."""
+        return sorted({h.home for c in self._consumers for h in c.hands.values()})
 
     async def run(self) -> None:
         """Beat for ever; after a beat that failed, soon again, before others sweep."""
@@ -58,7 +58,7 @@ class Lease:
         loop = asyncio.get_running_loop()
         try:
             groups = [c.group for c in self._consumers]
-            await self._store.keep_leases(self.streams, self._name, groups, self._lease_ms)
+            await self._store.leases.keep(self.streams, self._name, groups, self._lease_ms)
             if self._gap:
                 self._gap, self._kept_since = False, loop.time()
         except BusError as error:
@@ -93,4 +93,4 @@ class Lease:
 
     async def end(self) -> None:
         """Give the leases up, so that nobody has to wait for them to run out."""
-        await self._store.drop_leases(self.streams, self._name)
+        await self._store.leases.drop(self.streams, self._name)

@@ -33,7 +33,7 @@ class Plan:
 
 def plan(
     survey: Survey,
-    group: str,
+    place: tuple[str, str],
     me: bytes,
     visibility_ms: int,
     *,
@@ -42,6 +42,7 @@ def plan(
 ) -> Plan:
     """Decide what to take. Liveness is the lease; idle time only judges single entries.
 
+    place: (stream or inbox, group).
     judge_leases: whether a missing lease means a dead worker; see `Lease.others_can_be_judged`.
     look_at_idle: also ask workers that are alive, or that keep no lease (other languages), for
     entries that nobody renewed for `visibility_ms`. XINFO's idle times of consumers are not
@@ -49,7 +50,7 @@ def plan(
     """
     lanes: list[tuple[int, bytes]] = []
     owners: list[tuple[bytes, int]] = []
-    for consumer in survey.groups.get(group, ()):
+    for consumer in survey.consumers.get(place, ()):
         due_ms = lane_due_ms(consumer.name)
         if due_ms is not None:
             if due_ms <= survey.now_ms:
@@ -144,16 +145,16 @@ class Reclaimer:
         """Look once at the streams whose turn is ours, for those `consumers` that have room."""
         room = {c: n for c in consumers if (n := c.reserve())}
         try:
-            by_stream: dict[str, list[Consumer]] = {}
+            by_home: dict[str, list[tuple[Consumer, Hand]]] = {}
             for consumer in room:
-                for stream in consumer.hands:
-                    if stream not in consumer.intake.broken:
-                        by_stream.setdefault(stream, []).append(consumer)
-            ours = sorted(await self._take_turns(list(by_stream)))
+                for hand in consumer.hands.values():
+                    if hand.stream not in consumer.intake.broken:
+                        by_home.setdefault(hand.home, []).append((consumer, hand))
+            ours = sorted(await self._take_turns(list(by_home)))
             for stream in self._from_cursor(ours):
-                with_room = [c for c in by_stream[stream] if room[c] > 0]
+                with_room = [(c, hand) for c, hand in by_home[stream] if room[c] > 0]
                 if with_room:
-                    await self._sweep_stream(stream, with_room, room)
+                    await self._sweep_partition(stream, with_room, room)
         finally:
             for consumer in room:
                 consumer.release()
@@ -175,39 +176,46 @@ class Reclaimer:
                 served = tuple(sorted(c.group for c in self._consumers if stream in c.hands))
                 by_groups.setdefault(served, []).append(stream)
         for served, asked in by_groups.items():
-            got = await self._store.try_sweep(asked, served, self._name, SWEEP_LEASE_MS)
+            got = await self._store.leases.try_sweep(asked, served, self._name, SWEEP_LEASE_MS)
             for stream in got:
                 # Counted from before the asking, and a little short of what the server keeps.
                 self._turns[stream] = now + SWEEP_LEASE_MS / 1000 - 0.1
             ours += got
         return ours
 
-    async def _sweep_stream(
-        self, stream: str, consumers: Sequence[Consumer], room: dict[Consumer, int]
+    async def _sweep_partition(
+        self,
+        home: str,
+        places: Sequence[tuple[Consumer, Hand]],
+        room: dict[Consumer, int],
     ) -> None:
-        survey = await self._store.survey(stream, [c.group for c in consumers])
+        """Look at one partition's stream and inboxes, in one go."""
+        survey = await self._store.leases.survey(home, [(h.stream, h.group) for _, h in places])
         now = asyncio.get_running_loop().time()
-        for consumer in consumers:
+        for consumer, hand in places:
+            if room[consumer] <= 0:
+                continue
+            place = (hand.stream, hand.group)
             visibility_s = consumer.handler.visibility_s
-            looked_at = self._idle_looked_at.get((stream, consumer.group), float("-inf"))
+            looked_at = self._idle_looked_at.get(place, float("-inf"))
             # After an outage entries look idle, as leases look gone, until all have renewed.
             judges = self._can_judge()
             look_at_idle = judges and now - looked_at >= max(SWEEP_S / 2, visibility_s / 3)
             todo = plan(
                 survey,
-                consumer.group,
+                place,
                 self._name.encode(),
                 int(visibility_s * 1000),
                 look_at_idle=look_at_idle,
                 judge_leases=judges,
             )
-            left = await self._take(consumer, consumer.hands[stream], todo, room[consumer])
+            left = await self._take(consumer, hand, todo, room[consumer])
             room[consumer] = left
             if left <= 0:  # it took all it had room for: there is probably more
-                self._ran_out.append(stream)
+                self._ran_out.append(home)
                 self._sweep_soon(consumer)
             elif look_at_idle:
-                self._idle_looked_at[stream, consumer.group] = now
+                self._idle_looked_at[place] = now
 
     async def _take(self, consumer: Consumer, hand: Hand, todo: Plan, room: int) -> int:
         """Take what `todo` says, at most `room` entries; return the room that is left.

@@ -10,9 +10,11 @@ from typing import Any
 
 import msgspec
 
-from bus.config import READ_COUNT
+from bus.config import DEAD_LETTERS_FULL_PARK_S, READ_COUNT
 from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
+from bus.streams.answers import Buried
+from bus.streams.codec import moved, without_inbox_fields
 from bus.streams.connection import Arg, ConnectionLost
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
@@ -22,6 +24,7 @@ from bus.worker.hand import Hand, chunks, names_of, tell_lost
 BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
 _MOST_VALUES = 2_000  # field names and values of one entry
 _BODIES_PER_CALL = 50  # dead letters carry their bodies
+_NO_ROOM = Park(DEAD_LETTERS_FULL_PARK_S, reason="the dead letters are full")
 Parked = Callable[[Hand, bytes, bytes, float], None]
 
 
@@ -36,12 +39,15 @@ class Settler:
         telemetry: Telemetry,
         parked: Parked,
         relieved: Callable[[], None],
+        *,
+        dead_letter_maxlen: int = 0,
     ) -> None:
         self._store = store
         self._consumer = consumer
         self._hands = hands
         self._telemetry = telemetry
         self._parked = parked  # told (hand, lane, entry id, delay_s) of each entry that will be due
+        self._dead_letter_maxlen = dead_letter_maxlen  # of one partition; 0 for no limit
         self._relieved = relieved  # told when verdicts have gone, so that reading may go on
         self._wanted: asyncio.Future[None] | None = None
         self._doubtful: set[tuple[str, bytes]] = set()  # sent, and the reply was lost
@@ -175,6 +181,8 @@ class Settler:
                 # One that is refused for what it is stops only itself, once they go singly.
                 refused = refused or hand.singly
                 ok = ok and hand.singly
+        for delivery, _ in hand.parks:  # those for which the dead letters had no room are held on
+            hand.held.setdefault(delivery.entry_id, delivery)
         hand.away = 0
         hand.singly = hand.singly and bool(hand.dead)
         hand.others_pause.after(ok=ok and not refused)
@@ -246,7 +254,7 @@ class Settler:
                 handed_back += 1
             else:
                 self._tell_parked(delivery, verdict)
-                if lane:
+                if lane and not verdict.until_ms:  # how long that is, only the server knows
                     self._parked(hand, lane, delivery.entry_id, verdict.delay_s)
         self._tell_refused(hand, refused, "park")
         if handed_back:
@@ -254,10 +262,16 @@ class Settler:
 
     async def _dead_letter(self, hand: Hand, part: list[tuple[Delivery[Any], DeadLetter]]) -> None:
         entries = [(d.entry_id, _dead_fields(d, v)) for d, v in part]
-        moved = await self._store.dead_letter(hand.stream, hand.group, self._consumer, entries)
-        refused = 0
-        for (delivery, verdict), done in zip(part, moved, strict=True):
-            if not done and not self._came_through(hand, delivery.entry_id):
+        answers = await self._store.dead_letter(
+            hand.stream, hand.group, self._consumer, self._dead_letter_maxlen, entries
+        )
+        refused = full = 0
+        for (delivery, verdict), done in zip(part, answers, strict=True):
+            if done is Buried.FULL:
+                full += 1
+                hand.parks.append((delivery, _NO_ROOM))
+                continue
+            if done is Buried.REFUSED and not self._came_through(hand, delivery.entry_id):
                 refused += 1
                 continue
             self._telemetry.emit(
@@ -269,6 +283,8 @@ class Settler:
                 where=verdict.error.where,
             )
         self._tell_refused(hand, refused, "dead_letter")
+        if full:
+            self._emit("dead_letters.full", hand, count=full, maxlen=self._dead_letter_maxlen)
 
     # --- telling
 
@@ -280,6 +296,8 @@ class Settler:
             self._emit("delivery.refused", hand, count=count, verb=verb)
 
     def _tell_parked(self, delivery: Delivery[Any], verdict: Park) -> None:
+        if verdict.until_ms:
+            return  # it was told when it was parked first
         names = names_of(delivery)
         if verdict.error is None:
             self._telemetry.emit(
@@ -296,11 +314,16 @@ class Settler:
         )
 
 
-def _delay_and_count(delivery: Delivery[Any], verdict: Park | HandBack) -> tuple[int, int]:
-    """Return the delay in ms and the delivery count to store; taking it will add one."""
+def _delay_and_count(delivery: Delivery[Any], verdict: Park | HandBack) -> tuple[Arg, int]:
+    """Return the delay in ms, or "@" and the server time, and the delivery count to store.
+
+    Taking it will add one to the count.
+    """
     if isinstance(verdict, HandBack):
         return 0, max(0, delivery.attempt - 1)
-    used = delivery.attempt if verdict.error is not None else max(0, delivery.attempt - 1)
+    used = delivery.attempt if verdict.uses_attempt else max(0, delivery.attempt - 1)
+    if verdict.until_ms:
+        return f"@{verdict.until_ms}", used
     return max(1, round(verdict.delay_s * 1000)), used
 
 
@@ -311,6 +334,10 @@ def _dead_fields(delivery: Delivery[Any], verdict: DeadLetter) -> list[Arg]:
     in one field, `deadfields`, as a msgpack array.
     """
     fields: list[bytes] = delivery.fields
+    entry_id = delivery.entry_id
+    if delivery.origin.stream != delivery.origin.home:
+        entry_id = moved(entry_id, fields).origin
+        fields = without_inbox_fields(fields)
     if len(fields) > _MOST_VALUES:
         fields = [b"deadfields", msgspec.msgpack.encode(fields)]
     return [
@@ -324,5 +351,5 @@ def _dead_fields(delivery: Delivery[Any], verdict: DeadLetter) -> list[Arg]:
         "deadattempts",
         str(delivery.attempt),
         "deadentry",
-        delivery.entry_id,
+        entry_id,
     ]

@@ -20,6 +20,7 @@ from bus.config import (
     GRACE_S,
     JANITOR_S,
     LEASE_S,
+    PRESSURE_S,
     REPLY_TIMEOUT_S,
     TOPICS_S,
     checked_name,
@@ -28,14 +29,14 @@ from bus.config import (
 from bus.delivery import Publishes
 from bus.errors import BusError, DeclarationError
 from bus.handler import Handler, Registry
+from bus.streams.keys import inbox, is_inbox
 from bus.streams.replies import ReplyError
-from bus.streams.stream import StreamStore
-from bus.streams.topics import TopicTable
-from bus.telemetry import Telemetry
+from bus.streams.topics import Record, TopicTable
 from bus.worker.consumer import Consumer
 from bus.worker.executor import failure_of
-from bus.worker.janitor import Janitor
+from bus.worker.janitor import Janitor, JanitorsBus
 from bus.worker.lease import Lease
+from bus.worker.pressure import Pressure
 from bus.worker.reclaimer import Reclaimer
 from bus.worker.turn import Turn
 
@@ -44,12 +45,10 @@ _STUCK_S = 1.0  # how long a handler may resist its cancellation before it is le
 _FLUSH_S = 2.0  # what the last verdicts get when the server does not answer at the end
 
 
-class WorkersBus(Publishes, Protocol):
+class WorkersBus(Publishes, JanitorsBus, Protocol):
     """What a worker needs of a bus."""
 
-    store: StreamStore
     topics: TopicTable
-    telemetry: Telemetry
 
     @property
     def address(self) -> str:
@@ -120,7 +119,9 @@ class Worker:
             self._telemetry,
             self._lease.others_can_be_judged,
         )
-        self._janitor = Janitor(self._store, self.name, self._consumers, self._telemetry)
+        self._records: dict[str, Record] = {}  # partition -> what is recorded of its topic
+        self._janitor = Janitor(bus, self.name, self._consumers, self._records)
+        self._pressure = Pressure(self._store, self.name, self._records, self._telemetry)
         self._state: Any = None
         self._exits = contextlib.AsyncExitStack()
         self._intakes: dict[Consumer, asyncio.Task[None]] = {}
@@ -158,6 +159,7 @@ class Worker:
         self._watch(loop.create_task(_every(_TICK_S, self._tick), name="tick"))
         self._watch(loop.create_task(_every(TOPICS_S, self._look_at_topics), name="topics"))
         self._watch(loop.create_task(_every(JANITOR_S, self._janitor.tidy), name="janitor"))
+        self._watch(loop.create_task(_every(PRESSURE_S, self._pressure.relieve), name="pressure"))
         self._telemetry.emit(
             "worker.started",
             worker=self.name,
@@ -171,20 +173,22 @@ class Worker:
         wanted: list[tuple[Consumer, str]] = []
         for consumer in self._consumers:
             for topic in consumer.handler.reads():
-                partitions = (await self._bus.topics.record_to_read(topic)).partitions
-                streams = self._bus.topics.streams(topic, partitions)
-                wanted += [(consumer, s) for s in streams if s not in consumer.hands]
+                record = await self._bus.topics.record_to_read(topic)
+                for stream in self._bus.topics.streams(topic, record.partitions):
+                    self._records[stream] = record
+                    wanted += [(consumer, stream), (consumer, inbox(stream, consumer.group))]
+        wanted = [(c, stream) for c, stream in wanted if stream not in c.hands]
         if not wanted:
             return
         # A partition that appears while we run holds only what is new, so nothing is skipped.
         first = {"beginning": "0", "now": "0" if self._intakes else "$"}
         results = await self._store.create_groups(
-            [(s, c.group, first[c.handler.start]) for c, s in wanted]
+            [(s, c.group, "0" if is_inbox(s) else first[c.handler.start]) for c, s in wanted]
         )
         for (consumer, stream), result in zip(wanted, results, strict=True):
             if isinstance(result, ReplyError) and result.code != "WRONGTYPE":
                 raise result.explained(stream)
-            if result is True:
+            if result is True and not is_inbox(stream):
                 self._telemetry.emit("group.created", stream=stream, group=consumer.group)
             consumer.serve([stream], self._state)
             if isinstance(result, ReplyError):
@@ -348,18 +352,18 @@ class Worker:
                 for consumer in self._consumers:
                     for stream in list(consumer.hands):
                         with contextlib.suppress(ReplyError):
-                            await self._store.forget_consumer(stream, consumer.group, me)
+                            await self._store.leases.forget_consumer(stream, consumer.group, me)
                 for stream in self._lease.streams:
                     if await self._nothing_left(stream):
-                        await self._store.unlist_worker(stream, me)
+                        await self._store.leases.unlist_worker(stream, me)
         except (BusError, TimeoutError):
             pass  # the server is away: the leases run out, and a janitor forgets us
 
     async def _nothing_left(self, stream: str) -> bool:
-        groups = [c.group for c in self._consumers if stream in c.hands]
-        survey = await self._store.survey(stream, groups)
+        hands = [h for c in self._consumers for h in c.hands.values() if h.home == stream]
+        survey = await self._store.leases.survey(stream, [(h.stream, h.group) for h in hands])
         return not any(
-            c.name == self.name.encode() for rows in survey.groups.values() for c in rows
+            c.name == self.name.encode() for rows in survey.consumers.values() for c in rows
         )
 
     @property

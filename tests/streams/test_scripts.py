@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from bus.streams import leases
 from bus.streams import stream as verbs
 from bus.streams.script import Script
 
@@ -81,7 +82,9 @@ def test_the_head_of_each_script_says_what_it_takes_and_gives(name):
 
 
 def test_every_script_is_a_verb_of_the_store():
-    loaded = {s.name for s in vars(verbs).values() if isinstance(s, Script)}
+    loaded = {
+        s.name for m in (verbs, leases) for s in vars(m).values() if isinstance(s, Script)
+    }
     assert loaded == set(VERBS)
 
 
@@ -173,7 +176,7 @@ async def test_dead_letters_are_moved_whole_with_the_time(lab):
     ids, others = await lab.read("me", 2), await lab.read("you", 1)
     before = await lab.now_ms()
     answer = await lab.run(
-        *("dead_letter", GROUP, "me"),
+        *("dead_letter", GROUP, "me", 0),
         *(ids[0], 4, "id", "a", "deadreason", "failed"),
         *(others[0], 2, "id", "not mine"),
         *(ids[1], 2, "id", "b"),
@@ -190,7 +193,7 @@ async def test_dead_letters_are_moved_whole_with_the_time(lab):
 async def test_an_entry_that_was_trimmed_meanwhile_is_a_full_dead_letter(lab):
     ids = await lab.read("me", 1)
     await lab.redis.xtrim(STREAM, maxlen=0, approximate=False)
-    args = (GROUP, "me", ids[0], 2, "data", "kept in memory")
+    args = (GROUP, "me", 0, ids[0], 2, "data", "kept in memory")
     assert await lab.run("dead_letter", *args, keys=(STREAM, DEAD)) == [1]
     assert await lab.run("dead_letter", *args, keys=(STREAM, DEAD)) == [0]
     ((_, fields),) = await lab.redis.xrange(DEAD)
@@ -202,7 +205,7 @@ async def test_a_dead_letter_key_of_another_type_leaves_the_entry_pending(lab):
     ids = await lab.read("me", 1)
     await lab.redis.set(DEAD, "a string")
     with pytest.raises(ResponseError, match="WRONGTYPE"):
-        await lab.run("dead_letter", GROUP, "me", ids[0], 2, "a", "b", keys=(STREAM, DEAD))
+        await lab.run("dead_letter", GROUP, "me", 0, ids[0], 2, "a", "b", keys=(STREAM, DEAD))
     assert set(await lab.pending()) == set(ids)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus.streams import keys
-from bus.streams.answers import Limits
 from bus.streams.address import parse_url
+from bus.streams.answers import Limits
 from bus.streams.replies import ReplyError
 from bus.streams.server import Standalone
 from bus.streams.stream import StreamStore
@@ -111,6 +111,71 @@ async def test_groups_are_created_once(store, server):
     assert await store.groups_of("bus:{nothing:0}") == {}
 
 
+async def lag(store, stream: str = S0) -> int | None:
+    return (await store.groups_of(stream))[G].get("lag")
+
+
+@pytest.fixture
+def counts(server_kind: str) -> bool:
+    """Whether this kind of server counts what groups have read."""
+    return server_kind != "redis-6.2"
+
+
+async def test_a_group_that_starts_at_the_end_is_counted_from_the_start(store, server, counts):
+    """As the server makes it, it has no count until it has read to the end."""
+    for n in range(1, 6):
+        ask(server, "XADD", S0, f"{n}-0", "n", "1")
+    ask(server, "XDEL", S0, "5-0")  # the end is where the last entry was, not is
+    assert await store.create_groups([(S0, G, "$"), (S1, G, "$"), (S0, G, "$")]) == [
+        True,
+        True,
+        False,
+    ]
+    assert (await store.groups_of(S0))[G]["last-delivered-id"] == b"5-0"
+    for stream in (S0, S1):
+        for n in range(6, 9):
+            ask(server, "XADD", stream, f"{n}-0", "n", "1")
+    ask(server, "XREADGROUP", "GROUP", G, "me", "COUNT", "1", "STREAMS", S1, ">")
+    assert await lag(store, S1) == (2 if counts else None)
+    assert (await store.groups_of(S0))[G].get("entries-read") == (5 if counts else None)
+    assert await store.standing(S0, G) == (0, True)
+
+
+async def test_what_comes_while_a_group_is_made_is_delivered_and_counted(
+    store, server, counts, monkeypatch
+):
+    for n in range(1, 6):
+        ask(server, "XADD", S0, f"{n}-0", "n", "1")
+    ends = store._counted_ends
+
+    async def and_then_one_comes(streams: list[str]) -> dict[str, Any]:
+        found = await ends(streams)
+        ask(server, "XADD", S0, "6-0", "n", "1")
+        return found
+
+    monkeypatch.setattr(store, "_counted_ends", and_then_one_comes)
+    assert await store.create_groups([(S0, G, "$")]) == [True]
+    assert await lag(store) == (1 if counts else None)
+    assert await store.standing(S0, G) == (0, counts)
+
+
+async def test_a_server_that_takes_no_counts_gets_its_groups_all_the_same(
+    store, server, monkeypatch
+):
+    ask(server, "XADD", S0, "5-0", "n", "1")
+
+    async def refused(_: list[str]) -> dict[str, Any]:
+        return {S0: (b"5-0", "MKSTREAM", "ENTRIESREAD", "many")}  # no server takes that
+
+    monkeypatch.setattr(store, "_counted_ends", refused)
+    assert await store.create_groups([(S0, G, "$"), (S1, G, "0"), (S0, G, "$")]) == [
+        True,
+        True,
+        False,
+    ]
+    assert (await store.groups_of(S0))[G]["last-delivered-id"] == b"5-0"
+
+
 async def test_how_far_a_group_is(store):
     assert await store.standing(S0, G) is None
     ids = await filled(store, 2)
@@ -137,7 +202,7 @@ async def test_verdicts(store):
     lane, refused = await store.park(S0, G, "me", [(ids[1], 0, 1), (b"9-9", 0, 1)])
     assert (lane, refused) == (b"parked:0", b"")
     letters = [(ids[2], ["id", "a"]), (ids[0], ["id", "b"])]
-    assert await store.dead_letter(S0, G, "me", letters) == [1, 0]
+    assert await store.dead_letter(S0, G, "me", 0, letters) == [1, 0]
     assert await store.renew(S0, G, "me", ids) == ([ids[0], ids[1], ids[2]], [])
     assert await store.start(S0, G, "me", ids[3], 3)
     assert not await store.start(S0, G, "me", ids[1], 3)
@@ -157,22 +222,22 @@ async def test_taking(store, server):
     ask(server, "XDEL", S0, ids[3])
     taken = await store.recover(S0, G, "me", 10, [ids[2]])
     assert taken == ([(ids[4], 1, [b"n", b"4"])], [ids[3]])
-    await store.keep_leases([S0], "me", [G], 60_000)
+    await store.leases.keep([S0], "me", [G], 60_000)
     assert await store.reclaim(S0, G, "you", b"me", 10, 0) == ([], [])
-    await store.drop_leases([S0], "me")
+    await store.leases.drop([S0], "me")
     taken = await store.reclaim(S0, G, "you", b"me", 1, 0)
     assert taken == ([(ids[2], 1, [b"n", b"2"])], [])
 
 
 async def test_a_survey_tells_the_living_from_the_dead(store):
     await filled(store, 1, "dead")
-    await store.keep_leases([S0], "dead", [G], 60_000)
-    await store.keep_leases([S0], "alive", [G], 60_000)
-    await store.drop_leases([S0], "dead")
-    survey = await store.survey(S0, [G, "no-such-group"])
+    await store.leases.keep([S0], "dead", [G], 60_000)
+    await store.leases.keep([S0], "alive", [G], 60_000)
+    await store.leases.drop([S0], "dead")
+    survey = await store.leases.survey(S0, [(S0, G), (S0, "no-such-group")])
     assert (survey.listed, survey.alive) == ({b"dead", b"alive"}, {b"alive"})
-    assert {g: [(c.name, c.pending) for c in found] for g, found in survey.groups.items()} == {
-        G: [(b"dead", 1)]
+    assert {g: [(c.name, c.pending) for c in found] for g, found in survey.consumers.items()} == {
+        (S0, G): [(b"dead", 1)]
     }
     seconds, _ = await store.commands.call("TIME")
     assert abs(survey.now_ms - int(seconds) * 1000) < 60_000
@@ -182,45 +247,47 @@ async def test_a_survey_tells_the_living_from_the_dead(store):
 
 
 async def test_a_lease_says_who_serves_what(store):
-    await store.keep_leases([S0, S1], "w1", ["a", "b"], 60_000)
-    await store.keep_leases([S0], "w2", ["b", "c"], 60_000)
-    assert await store.served_groups(S0) == {"a", "b", "c"}
-    assert await store.served_groups(S1) == {"a", "b"}
-    await store.drop_leases([S0, S1], "w1")
-    assert await store.served_groups(S0) == {"b", "c"}
-    assert await store.served_groups("bus:{nothing:0}") == set()
-    await store.keep_leases([], "w1", ["a"], 60_000)
+    await store.leases.keep([S0, S1], "w1", ["a", "b"], 60_000)
+    await store.leases.keep([S0], "w2", ["b", "c"], 60_000)
+    assert await store.leases.served_groups(S0) == {"a", "b", "c"}
+    assert await store.leases.served_groups(S1) == {"a", "b"}
+    await store.leases.drop([S0, S1], "w1")
+    assert await store.leases.served_groups(S0) == {"b", "c"}
+    assert await store.leases.served_groups("bus:{nothing:0}") == set()
+    await store.leases.keep([], "w1", ["a"], 60_000)
 
 
 async def test_a_lease_expires(store):
-    await store.keep_leases([S0], "w1", ["a"], 60_000)
+    await store.leases.keep([S0], "w1", ["a"], 60_000)
     left = await store.commands.call("PTTL", keys.lease(S0, "w1"))
     assert 0 < left <= 60_000
 
 
 async def test_leases_over_keys_of_other_types_harm_nobody(store, server):
     ask(server, "SET", keys.workers(S0), "a string")
-    await store.keep_leases([S0, S1], "w1", ["a"], 60_000)
-    assert await store.served_groups(S1) == {"a"}
+    await store.leases.keep([S0, S1], "w1", ["a"], 60_000)
+    assert await store.leases.served_groups(S1) == {"a"}
 
 
 async def test_one_process_sweeps_at_a_time(store):
-    assert await store.try_sweep([S0, S1], [G], "w1", 60_000) == [S0, S1]
-    assert await store.try_sweep([S0, S1], [G], "w2", 60_000) == []
-    assert await store.try_sweep([S0], ["other"], "w2", 60_000) == [S0]  # serves other groups
+    assert await store.leases.try_sweep([S0, S1], [G], "w1", 60_000) == [S0, S1]
+    assert await store.leases.try_sweep([S0, S1], [G], "w2", 60_000) == []
+    assert await store.leases.try_sweep([S0], ["other"], "w2", 60_000) == [
+        S0
+    ]  # serves other groups
     assert await store.commands.call("PTTL", keys.sweep(S0, [G])) > 0
 
 
 async def test_dead_workers_are_forgotten(store):
     ids = await filled(store, 1, "dead")
-    await store.keep_leases([S0], "dead", [G], 60_000)
-    assert not await store.forget_consumer(S0, G, "dead")
-    await store.drop_leases([S0], "dead")
-    assert not await store.forget_consumer(S0, G, "dead")
+    await store.leases.keep([S0], "dead", [G], 60_000)
+    assert not await store.leases.forget_consumer(S0, G, "dead")
+    await store.leases.drop([S0], "dead")
+    assert not await store.leases.forget_consumer(S0, G, "dead")
     await store.ack(S0, G, "dead", ids)
-    assert await store.forget_consumer(S0, G, "dead")
-    await store.unlist_worker(S0, "dead")
-    assert (await store.survey(S0, [G])).listed == frozenset()
+    assert await store.leases.forget_consumer(S0, G, "dead")
+    await store.leases.unlist_worker(S0, "dead")
+    assert (await store.leases.survey(S0, [(S0, G)])).listed == frozenset()
 
 
 # --- reading

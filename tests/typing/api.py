@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import assert_type
 
 from bus import (
+    Backlog,
     Backoff,
     Bus,
     DeadLettered,
@@ -114,6 +115,10 @@ async def live() -> None:
         async for envelope in past:
             assert_type(envelope.event, Event)
             assert_type(envelope.key, str | None)
+        backlog = await bus.backlog("typing")
+        assert_type(backlog, Backlog)
+        assert_type(backlog.of("shelve").oldest_undelivered_age_s, float | None)
+        assert_type([s.pinned_by for s in backlog.streams], list[str | None])
         async with Worker(bus, handlers=[shelve, audit], only=["shelve"]) as worker:
             await worker.drained(timedelta(seconds=5).total_seconds())
         await bus.redis.get("key")

@@ -31,7 +31,7 @@ from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation, f
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-ORIGIN = Origin("g", "bus:{exec:0}", SimpleNamespace(), envelope_of)  # type: ignore[arg-type]
+ORIGIN = Origin("g", "bus:{exec:0}", "bus:{exec:0}", SimpleNamespace(), envelope_of)  # type: ignore[arg-type]
 STEADY = Backoff(base_s=2.0, factor=3.0, jitter=0.0)
 
 

@@ -20,16 +20,17 @@ if TYPE_CHECKING:
 
 NOW_MS = 1_000_000
 ME = b"me"
+PLACE = ("bus:{t:0}", "g")
 
 
 def survey(
     *consumers: Consumer, listed: set[bytes] = frozenset(), alive: set[bytes] = frozenset()
 ) -> Survey:  # type: ignore[assignment]
-    return Survey(NOW_MS, frozenset(listed), frozenset(alive), {"g": list(consumers)})
+    return Survey(NOW_MS, frozenset(listed), frozenset(alive), {PLACE: list(consumers)})
 
 
 def planned(found: Survey, *, look_at_idle: bool = False) -> Plan:
-    return plan(found, "g", ME, 30_000, look_at_idle=look_at_idle)
+    return plan(found, PLACE, ME, 30_000, look_at_idle=look_at_idle)
 
 
 def lane(due_ms: int, pending: int = 3) -> Consumer:
@@ -45,7 +46,7 @@ def test_due_lanes_are_taken_oldest_first_and_others_left() -> None:
 
 def test_a_worker_that_may_not_judge_takes_no_orphans() -> None:
     found = survey(lane(5), Consumer(b"dead", 7, 0), listed={b"dead"})
-    assert plan(found, "g", ME, 1_000, look_at_idle=True, judge_leases=False) == Plan(
+    assert plan(found, PLACE, ME, 1_000, look_at_idle=True, judge_leases=False) == Plan(
         (b"parked:5",), ()
     )
 

@@ -142,7 +142,7 @@ async def test_while_the_server_takes_nothing_the_handlers_go_on(
         await worker.drained()
 
 
-ORIGIN = Origin("g", STREAM, None, envelope_of)  # type: ignore[arg-type]
+ORIGIN = Origin("g", STREAM, STREAM, None, envelope_of)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,13 @@ local function take(stream, group, owner, rows, mode)
   return entries, lost
 end
 
+-- finish(stream, group, ids): ack them. Those of an inbox are deleted: no other group reads it.
+-- Only the key of a partition's own stream ends with '}'.
+local function finish(stream, group, ids)
+  redis.call('XACK', stream, group, unpack(ids))
+  if string.sub(stream, -1) ~= '}' then redis.call('XDEL', stream, unpack(ids)) end
+end
+
 -- A lane is a consumer only while it owns something.
 local function drop_if_empty(stream, group, lane)
   if #redis.call('XPENDING', stream, group, '-', '+', 1, lane) == 0 then
