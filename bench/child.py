@@ -9,14 +9,24 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import uvloop
 
 from bench import bare_hiredis, bare_redispy
-from bench.work import LANES, STREAM, DocumentCreated, make_events, peak_rss_mb
-from bus import Bus, Worker, event_handler
+from bench.work import (
+    LANES,
+    NODE,
+    STANDINGS,
+    STREAM,
+    TOPIC,
+    DocumentCreated,
+    make_events,
+    peak_rss_mb,
+)
+from bus import Bus, Topic, Worker, event_handler
+from bus.streams.topics import Record
 
 
 async def consume_bus(
@@ -92,17 +102,79 @@ async def publish(system: str, url: str, count: int) -> dict[str, Any]:
     return {"rate": count / seconds}
 
 
+def _topic(standing: str, length: int) -> Topic:
+    """Return the marks that make `length` entries stand where `standing` says."""
+    keep = {"below": 100 * length, "keep": length, "pinned": length // 2}[standing]
+    return Topic(TOPIC, keep=keep, maxlen=keep + 10 * length)
+
+
+async def _prefill(bus: Bus, standing: str, length: int) -> None:
+    """Publish `length` events that two groups are done with, and one has hardly begun if pinned."""
+    groups = ["done-1", "done-2", *(["slow"] if standing == "pinned" else [])]
+    for group in groups:
+        await bus.redis.xgroup_create(STREAM, group, id="0", mkstream=True)
+    events = make_events(1000)
+    for _ in range(length // 1000):
+        await bus.publish_many(events)
+    for group in groups[:2]:
+        # Without pending entries, as when all has been acked.
+        while await bus.redis.xreadgroup(group, "c", {STREAM: ">"}, count=5000, noack=True):
+            pass
+    if standing == "pinned":
+        await bus.redis.xreadgroup("slow", "c", {STREAM: ">"}, count=100)
+
+
+async def publish_standing(standing: str, url: str, count: int) -> dict[str, Any]:
+    """Publish into a stream far below `keep`, at it, or above it with a slow group that pins it.
+
+    The stream is as long in all three when it begins, and twice as long as what is published: so
+    at `keep` there is always something that the two groups are done with, and nobody has to read
+    meanwhile. First `count` events by 100 callers, then a fifth of that by one.
+    """
+    length = 2000 * -(-count // 1000)
+    topic = _topic(standing, length)
+    events = make_events(count)
+    figures: dict[str, Any] = {}
+    receipts = set()
+    async with Bus.connect(url, topics=[topic]) as bus:
+        await _prefill(bus, standing, length)
+
+        async def lane(waiting: Iterator[DocumentCreated]) -> None:
+            for event in waiting:
+                receipts.add((await bus.publish(event)).entry_id)
+
+        gc.collect()
+        gc.freeze()
+        for lanes, amount in ((LANES, count), (1, count // 5)):
+            waiting = iter(events[:amount])
+            started = time.perf_counter()
+            await asyncio.gather(*(lane(waiting) for _ in range(lanes)))
+            figures[f"rate_{lanes}"] = amount / (time.perf_counter() - started)
+        stands = await bus.redis.xlen(STREAM)
+    published = count + count // 5
+    most = topic.keep + Record.of(topic).slack + NODE
+    right = topic.keep <= stands <= most if standing == "keep" else stands == length + published
+    if len(receipts) != published or not right:
+        raise SystemExit(
+            f"{standing}: {len(receipts)} receipts for {published} events, {stands} entries"
+            f" after {length}, keep is {topic.keep}"
+        )
+    return figures
+
+
 def main() -> None:
     """Run one test and print its figures."""
     p = argparse.ArgumentParser()
-    p.add_argument("system", choices=("bus", "bare-redis-py", "bare-hiredis"))
-    p.add_argument("test", choices=("consume", "publish"))
+    p.add_argument("system", choices=("bus", "bare-redis-py", "bare-hiredis", *STANDINGS))
+    p.add_argument("test", choices=("consume", "publish", "publish-standing"))
     p.add_argument("--url", required=True)
     p.add_argument("--group", default="g")
     p.add_argument("--count", type=int, required=True)
     a = p.parse_args()
     if a.test == "consume":
         figures = uvloop.run(consume(a.system, a.url, a.group, a.count))
+    elif a.test == "publish-standing":
+        figures = uvloop.run(publish_standing(a.system, a.url, a.count))
     else:
         figures = uvloop.run(publish(a.system, a.url, a.count))
     json.dump(figures, sys.stdout)

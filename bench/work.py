@@ -9,6 +9,8 @@ from bus import Event
 TOPIC = "bench"
 STREAM = "bus:{bench:0}"
 LANES = 100
+STANDINGS = ("below", "keep", "pinned")  # where a stream stands that is published into
+NODE = 100  # entries of a node of a stream: less is not trimmed while there is room
 
 
 class DocumentCreated(Event, type="bench.document_created"):

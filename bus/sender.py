@@ -175,7 +175,12 @@ class Sender:
                 self._telemetry.emit("publish.resumed", stream=self._stream, full_s=full_s)
         else:
             self._in_flight = []
-            self._found_no_room(batch[where.units :], where.room)
+            left = batch[where.units :]
+            if taken and not self.waits:
+                # What was taken may be trimmed or dropped already: the next call knows.
+                self._units.extendleft(reversed(left))
+            else:
+                self._found_no_room(left, where.room)
 
     # --- no room
 

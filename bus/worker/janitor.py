@@ -70,26 +70,35 @@ class Janitor:
         self._alerted: set[tuple[str, str]] = set()  # unserved groups that pin too much
 
     async def tidy(self) -> None:
-        """Do all chores once. Errors are told and left for the next time."""
-        try:
-            for consumer in self._consumers:
-                if consumer.intake.broken:
-                    await consumer.intake.find_broken()
-            for stream in list(self._records):
-                await self._forget_dead_workers(stream)
-            await self._trim_what_is_too_old()
-            await self._alert_unserved()
-        except BusError as error:
-            self._telemetry.emit(
-                "janitor.failed",
-                worker=self._name.decode(),
-                error_type=type(error).__name__,
-                error=str(error),
-            )
+        """Do all chores once. Errors are told, and the next chore is done all the same."""
+        for chore in (
+            self._find_mended,
+            self._forget_dead_workers,
+            self._trim_what_is_too_old,
+            self._alert_unserved,
+        ):
+            try:
+                await chore()
+            except BusError as error:
+                self._telemetry.emit(
+                    "janitor.failed",
+                    worker=self._name.decode(),
+                    error_type=type(error).__name__,
+                    error=str(error),
+                )
+
+    async def _find_mended(self) -> None:
+        for consumer in self._consumers:
+            if consumer.intake.broken:
+                await consumer.intake.find_broken()
 
     # --- consumers
 
-    async def _forget_dead_workers(self, stream: str) -> None:
+    async def _forget_dead_workers(self) -> None:
+        for stream in list(self._records):
+            await self._forget_dead_workers_of(stream)
+
+    async def _forget_dead_workers_of(self, stream: str) -> None:
         """Remove consumers of workers whose lease is gone, once nothing is pending for them.
 
         Without this every restart would leave a consumer behind for ever. One that another

@@ -38,17 +38,23 @@ class Pressure:
             streams = list(self._records)
             lengths = zip(streams, await self._store.lengths(streams), strict=True)
             high = [s for s, n in lengths if n > self._records[s].keep + self._records[s].slack]
-            if high:
-                ours = await self._store.leases.try_chore(high, "room", self._name, TURN_MS)
-                for stream in ours:
-                    await self._relieve(stream, self._records[stream])
+            ours = await self._store.leases.try_chore(high, "room", self._name, TURN_MS)
         except BusError as error:
-            self._telemetry.emit(
-                "janitor.failed",
-                worker=self._name,
-                error_type=type(error).__name__,
-                error=str(error),
-            )
+            self._tell(error)
+            return
+        for stream in ours:
+            try:
+                await self._relieve(stream, self._records[stream])
+            except BusError as error:  # of this stream; the others are relieved all the same
+                self._tell(error)
+
+    def _tell(self, error: BusError) -> None:
+        self._telemetry.emit(
+            "janitor.failed",
+            worker=self._name,
+            error_type=type(error).__name__,
+            error=str(error),
+        )
 
     async def _relieve(self, stream: str, record: Record) -> None:
         room = await self._trim(stream, record)

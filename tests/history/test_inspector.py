@@ -405,8 +405,11 @@ def test_a_sum_is_at_least_if_a_part_is():
         of |= {"oldest_undelivered_age_s": 3.0, **other}
         return StreamBacklog(name, 9, 100, 10, 91, (GroupBacklog("g", **of),), None, None, None)
 
-    backlog = Backlog("t", (part("0"), part("1", at_least=True, share=0.5), part("2")))
-    assert backlog.of("g") == GroupBacklog("g", 15, True, 3, 0, 3.0, 0.5)
+    backlog = Backlog(
+        "t",
+        (part("0"), part("1", at_least=True, share=0.5, oldest_undelivered_age_s=9.0), part("2")),
+    )
+    assert backlog.of("g") == GroupBacklog("g", 15, True, 3, 0, 9.0, 0.5)
     idle = part("3", oldest_undelivered_age_s=None)
     assert Backlog("t", (idle,)).of("g").oldest_undelivered_age_s is None
     assert Backlog("t", (idle, part("0"))).of("g").oldest_undelivered_age_s == 3.0
@@ -503,9 +506,18 @@ async def test_the_share_of_the_room(bus, redis):
     for name, read in (("slow", 50), ("middle", 300), ("fast", 550), ("done", 600)):
         await group(redis, name, read, stream)
     await group(redis, "unserved", stream=stream)
+    await group(redis, "busy", 300, stream)
+    await redis.xreadgroup("busy", "me", {stream: ">"}, count=100)
     backlog = await bus.backlog("marked")
     shares = {g.group: g.share for g in backlog.groups}
-    assert shares == {"unserved": 0.5, "slow": 0.45, "middle": 0.2, "fast": 0, "done": 0}
+    assert shares == {
+        "unserved": 0.5,
+        "slow": 0.45,
+        "middle": 0.2,
+        "busy": 0.2,  # what it has pending counts as what it was not given
+        "fast": 0,
+        "done": 0,
+    }
     assert (backlog.streams[0].room, backlog.streams[0].pinned_by) == (500, "unserved")
 
 

@@ -82,9 +82,7 @@ def test_the_head_of_each_script_says_what_it_takes_and_gives(name):
 
 
 def test_every_script_is_a_verb_of_the_store():
-    loaded = {
-        s.name for m in (verbs, leases) for s in vars(m).values() if isinstance(s, Script)
-    }
+    loaded = {s.name for m in (verbs, leases) for s in vars(m).values() if isinstance(s, Script)}
     assert loaded == set(VERBS)
 
 
@@ -367,6 +365,136 @@ async def test_a_worker_is_forgotten_only_when_nothing_would_be_lost(lab):
     assert await lab.run(*forget, keys=(STREAM, LEASE)) == 1
     assert await lab.consumers() == set()
     assert await lab.run(*forget, keys=(STREAM, LEASE)) == 1  # gone already
+
+
+# --- inboxes
+
+INBOX = STREAM + ":inbox:" + GROUP
+
+
+async def in_inbox(lab: Lab, count: int) -> list[bytes]:
+    """Put entries into the inbox and deliver them to `me`."""
+    await lab.redis.xgroup_create(INBOX, GROUP, "0", mkstream=True)
+    for n in range(count):
+        await lab.redis.xadd(INBOX, {"n": str(n)})
+    reply = await lab.redis.xreadgroup(GROUP, "me", {INBOX: ">"})
+    return [entry_id for entry_id, _ in reply[0][1]]
+
+
+async def test_what_is_acked_in_an_inbox_is_deleted(lab):
+    ids = await in_inbox(lab, 3)
+    assert await lab.run("ack", GROUP, "you", ids[0], keys=(INBOX,)) == [ids[0]]
+    assert await lab.redis.xlen(INBOX) == 3  # not yours: nothing was done
+    assert await lab.run("ack", GROUP, "me", *ids[:2], keys=(INBOX,)) == []
+    assert [i for i, _ in await lab.redis.xrange(INBOX)] == ids[2:]
+    args = (GROUP, "me", 0, ids[2], 2, "a", "b")
+    assert await lab.run("dead_letter", *args, keys=(INBOX, DEAD)) == [1]
+    assert await lab.redis.xlen(INBOX) == 0
+    assert await lab.redis.xlen(DEAD) == 1
+
+
+async def test_full_dead_letters_take_nothing_and_change_nothing(lab):
+    ids = await lab.read("me", 3)
+    letters = [word for i in ids for word in (i, 2, "a", "b")]
+    assert await lab.run("dead_letter", GROUP, "me", 2, *letters, keys=(STREAM, DEAD)) == [1, 1, 2]
+    assert await lab.redis.xlen(DEAD) == 2
+    assert await lab.pending() == {ids[2]: (b"me", 1)}
+    again = ("dead_letter", GROUP, "me", 2, *letters[8:])
+    assert await lab.run(*again, keys=(STREAM, DEAD)) == [2]
+    assert await lab.run("dead_letter", GROUP, "me", 0, *letters[8:], keys=(STREAM, DEAD)) == [1]
+
+
+async def test_a_lane_can_be_asked_for_by_its_time(lab):
+    ids = await lab.read("me", 3)
+    due = (await lab.now_ms()) // 1000 * 1000 + 40_000
+    args = (ids[0], f"@{due}", 3, ids[1], "@5000", 1, ids[2], "@0", 1)
+    lanes = await lab.run("park", GROUP, "me", *args)
+    assert lanes == [b"parked:%d" % due, b"parked:0", b"parked:0"]  # what is past is due
+    assert (await lab.pending())[ids[0]] == (b"parked:%d" % due, 3)
+
+
+async def test_parked_entries_that_stand_first_are_moved_with_all_that_is_known(lab):
+    ids = await lab.read("me", 5)
+    await lab.park("me", ids[:2], "parked:9000")
+    await lab.redis.xclaim(STREAM, GROUP, "parked:9000", 0, ids[:2], retrycount=4, justid=True)
+    await lab.park("me", ids[3:4], "parked:0")
+    assert await lab.run("move_parked", GROUP, 100, keys=(STREAM, INBOX)) == [2, []]
+    rows = await lab.redis.xrange(INBOX)
+    assert [fields for _, fields in rows] == [
+        {b"n": b"%d" % n, b"origentry": i, b"attempts": b"4", b"due": b"9000"}
+        for n, i in enumerate(ids[:2])
+    ]
+    # The third runs: behind it nothing is moved, and the emptied lane is gone.
+    assert set(await lab.pending()) == set(ids[2:])
+    assert await lab.consumers() == {b"me", b"parked:0"}
+    assert [g["name"] for g in await lab.redis.xinfo_groups(INBOX)] == [GROUP.encode()]
+    assert await lab.run("move_parked", GROUP, 100, keys=(STREAM, INBOX)) == [0, []]
+
+
+async def test_moving_is_bounded_and_takes_ghosts_out_of_the_way(lab):
+    ids = await lab.read("me", 4)
+    await lab.park("me", ids, "parked:9000")
+    await lab.redis.xdel(STREAM, ids[0])
+    assert await lab.run("move_parked", GROUP, 2, keys=(STREAM, INBOX)) == [1, ids[:1]]
+    assert set(await lab.pending()) == set(ids[2:])
+    assert await lab.run("move_parked", GROUP, 5, keys=(STREAM, INBOX)) == [2, []]
+    assert await lab.consumers() == {b"me"}
+
+
+async def test_an_entry_too_wide_for_a_script_is_left_where_it_is(lab):
+    await lab.redis.xadd(STREAM, {f"f{n}": "v" for n in range(4_000)})
+    ids = [i for i, _ in (await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"}))[0][1]]
+    await lab.park("me", ids, "parked:9000")
+    assert await lab.run("move_parked", GROUP, 5, keys=(STREAM, INBOX)) == [0, []]
+    assert set(await lab.pending()) == set(ids)
+
+
+# --- retention
+
+
+async def aged(lab: Lab, *ages_s: int) -> list[bytes]:
+    """Add entries as old as asked, the oldest first."""
+    now_ms = await lab.now_ms()
+    return [await lab.redis.xadd(STREAM, {"a": "b"}, id=f"{now_ms - a * 1000}-0") for a in ages_s]
+
+
+async def test_what_is_too_old_and_done_with_is_trimmed(lab):
+    ids = await aged(lab, 5_000, 4_000, 3_000, 20, 10)
+    await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"})
+    await lab.redis.xack(STREAM, GROUP, *ids)
+    assert await lab.run("retain", 3_500_000) == [2, []]
+    assert [i for i, _ in await lab.redis.xrange(STREAM)] == ids[2:]
+    assert await lab.run("retain", 3_500_000) == [0, []]
+
+
+async def test_however_old_it_is_what_a_group_needs_stays(lab):
+    ids = await aged(lab, 5_000, 4_000, 3_000, 2_000)
+    assert await lab.run("retain", 1_000) == [0, []]  # nothing was delivered yet
+    await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"}, count=3)
+    await lab.redis.xack(STREAM, GROUP, ids[0], ids[2])
+    assert await lab.run("retain", 1_000) == [1, []]  # the second is pending
+    assert [i for i, _ in await lab.redis.xrange(STREAM)] == ids[1:]
+    await lab.redis.xdel(STREAM, ids[1])
+    assert await lab.run("retain", 1_000) == [1, [GROUP.encode(), ids[1]]]  # a ghost pins nothing
+    assert [i for i, _ in await lab.redis.xrange(STREAM)] == ids[3:]
+
+
+async def test_retention_goes_below_whole_nodes_and_in_bounded_steps(lab):
+    now_ms = await lab.now_ms()
+    async with lab.redis.pipeline(transaction=False) as pipe:
+        for n in range(12_050):
+            pipe.xadd(STREAM, {"a": "b"}, id=f"{now_ms - 100_000_000 + n}-0")
+        await pipe.execute()
+    await lab.redis.xadd(STREAM, {"a": "young"})
+    await lab.redis.xgroup_setid(STREAM, GROUP, "$")
+    gone = []
+    while not gone or gone[-1]:
+        trimmed, lost = await lab.run("retain", 1_000)
+        gone.append(trimmed)
+        assert lost == []
+    assert max(gone) <= 5_000
+    assert sum(gone) == 12_050
+    assert await lab.redis.xlen(STREAM) == 1
 
 
 # --- append

@@ -126,12 +126,11 @@ async def test_a_group_that_starts_at_the_end_is_counted_from_the_start(store, s
     for n in range(1, 6):
         ask(server, "XADD", S0, f"{n}-0", "n", "1")
     ask(server, "XDEL", S0, "5-0")  # the end is where the last entry was, not is
-    assert await store.create_groups([(S0, G, "$"), (S1, G, "$"), (S0, G, "$")]) == [
-        True,
-        True,
-        False,
-    ]
-    assert (await store.groups_of(S0))[G]["last-delivered-id"] == b"5-0"
+    wanted = [(S0, G, "$"), (S1, G, "$"), (S0, G, "$"), (S0, "all", "0")]
+    assert await store.create_groups(wanted) == [True, True, False, True]
+    groups = await store.groups_of(S0)
+    assert groups[G]["last-delivered-id"] == b"5-0"
+    assert groups["all"]["last-delivered-id"] == b"0-0"
     for stream in (S0, S1):
         for n in range(6, 9):
             ask(server, "XADD", stream, f"{n}-0", "n", "1")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Bus, Event, Worker, event_handler
+from bus import Bus, Event, Topic, Worker, event_handler
 from bus.worker import supervisor
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
@@ -82,3 +84,129 @@ async def test_a_topic_of_a_class_that_is_declared_later_is_read_from_then_on(
 
         await bus.publish(Latecomer(n=1))
         await eventually(lambda: handled == [Latecomer(n=1)])
+
+
+# --- retention
+
+
+async def aged(backend: Backend, count: int, age_s: int, stream: str = STREAM) -> None:
+    """Add entries as another program would have, `age_s` ago."""
+    seconds, _ = await backend.redis.time()
+    for n in range(count):
+        entry_id = f"{(seconds - age_s) * 1000 + n}-0"
+        data = f'{{"n":{n}}}'.encode()
+        await backend.add(stream, {"id": f"e{n}", "type": "work.asked", "data": data}, entry_id)
+
+
+async def test_what_is_older_than_the_retention_goes_once_every_group_is_done(
+    valkey_url: str, backend: Backend
+) -> None:
+    day = Topic("work", retention=timedelta(days=1))
+    handled: list[int] = []
+    release = asyncio.Event()
+
+    @event_handler(Asked, group="g", concurrency=1)
+    async def read(event: Asked) -> None:
+        if event.n == 250:
+            await release.wait()
+        handled.append(event.n)
+
+    await aged(backend, 300, age_s=3 * 86_400)
+    async with Bus.connect(valkey_url, topics=[day]) as bus, Worker(bus, [read]) as worker:
+        await bus.publish(Asked(n=1_000))
+        # Trimmed to the floor, below `keep`: age decides, and what is needed stays.
+        await eventually(lambda: _length(backend, 51))
+        assert len(handled) == 250
+        release.set()
+        await worker.drained()
+        await eventually(lambda: _length(backend, 1))
+    assert len(handled) == 301
+
+
+async def _length(backend: Backend, length: int, stream: str = STREAM) -> bool:
+    return bool(await backend.redis.xlen(stream) == length)
+
+
+async def test_one_process_per_stream_trims_by_age(valkey_url: str, backend: Backend) -> None:
+    day = Topic("work", retention=timedelta(days=1))
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    async with Bus.connect(valkey_url, topics=[day]) as bus, Worker(bus, [read]):
+        lease = f"{STREAM}:chore:retention"
+        await eventually(lambda: backend.redis.exists(lease))
+        await backend.redis.set(lease, "another", px=60_000)
+        await aged(backend, 5, age_s=3 * 86_400, stream="bus:{other:0}")
+        await aged(backend, 5, age_s=3 * 86_400)
+        seen = await backend.redis.info("commandstats")
+        await eventually(lambda: _more_calls(backend, seen))
+        assert await backend.redis.get(lease) == b"another"
+        assert await _length(backend, 5)
+        await backend.redis.delete(lease)
+        await eventually(lambda: _length(backend, 0))
+        assert await _length(backend, 5, "bus:{other:0}")  # no retention was declared for it
+
+
+async def _more_calls(backend: Backend, before: Any) -> bool:
+    """Whether the janitor has asked for a turn at least three times since."""
+    now = await backend.redis.info("commandstats")
+    return bool(now["cmdstat_set"]["calls"] > before["cmdstat_set"]["calls"] + 3)
+
+
+# --- groups that nobody serves
+
+NARROW = Topic("work", maxlen=110, keep=10)
+
+
+async def test_groups_without_a_worker_are_named_at_start_with_their_share(
+    valkey_url: str, backend: Backend
+) -> None:
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    async with Bus.connect(valkey_url, topics=[NARROW]) as bus:
+        witness = Witness(bus)
+        await backend.redis.xgroup_create(STREAM, "done", "0", mkstream=True)
+        await backend.redis.xgroup_create(STREAM, "forgotten", "0")
+        await bus.publish_many([Asked(n=n) for n in range(40)])
+        await backend.redis.xreadgroup("done", "c", {STREAM: ">"}, noack=True)
+        async with Worker(bus, [read]):
+            told = {t["group"]: t["share"] for t in witness.of("group.unserved")}
+    assert told == {"done": 0, "forgotten": 0.3}
+
+
+async def test_a_group_without_a_worker_that_pins_half_of_the_room_is_an_alert(
+    valkey_url: str, backend: Backend
+) -> None:
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    @event_handler(Asked, group="forgotten")
+    async def remember(event: Asked) -> None: ...
+
+    async with Bus.connect(valkey_url, topics=[NARROW]) as bus:
+        witness = Witness(bus)
+        await backend.redis.xgroup_create(STREAM, "forgotten", "0", mkstream=True)
+        async with Worker(bus, [read]) as worker:
+            await bus.publish_many([Asked(n=n) for n in range(59)])
+            await worker.drained()
+            await backend.redis.sadd(f"{STREAM}:workers", "gone")  # a sign that it has been round
+            await eventually(lambda: _is_unlisted(backend))
+            assert witness.of("group.pinning") == []  # 49 %
+            await bus.publish(Asked(n=59))
+            await eventually(lambda: witness.of("group.pinning"))
+            await backend.redis.sadd(f"{STREAM}:workers", "gone")
+            await eventually(lambda: _is_unlisted(backend))
+            (told,) = witness.of("group.pinning")  # once
+            assert (told["stream"], told["group"], told["share"]) == (STREAM, "forgotten", 0.5)
+            async with Worker(bus, [remember]) as other:
+                await other.drained()
+                await bus.publish_many([Asked(n=n) for n in range(50)])
+                await other.drained()
+            await worker.drained()
+            assert len(witness.of("group.pinning")) == 1
+
+
+async def _is_unlisted(backend: Backend) -> bool:
+    return not await backend.redis.sismember(f"{STREAM}:workers", "gone")
