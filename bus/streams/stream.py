@@ -82,7 +82,8 @@ class StreamStore:
             args += unit
         target = (stream, keys.producer(stream, publisher))
         reply = await _append.run(self._publishing, target, args, timeout_s)
-        first, added, taken, repeated, left, pinned, lost, dropped = reply
+        first, added, taken, repeated, left, *looked = reply
+        pinned, lost, dropped = looked or ((), (), ())
         ms, _, low = first.decode().partition("-")
         room = Room(left, _pinned(pinned), _by_group(lost))
         return Appended(

@@ -3,6 +3,7 @@
 -- ARGV  1 group  2 consumer  3.. entry ids
 -- Returns the ids that were not this worker's any more; nothing was done to them.
 -- Atomic  because XACK alone asks nobody: a worker that lost an entry would finish it twice.
+-- include _owned
 local ids = {}
 for i = 3, #ARGV do ids[#ids + 1] = ARGV[i] end
 local mine, done, refused = owned(KEYS[1], ARGV[1], ARGV[2], ids), {}, {}

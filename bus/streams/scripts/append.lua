@@ -4,10 +4,11 @@
 --       6 1 to drop the oldest entries when it is full  7 number of units  8 number of events
 --       then per unit: number of events; per event: number of arguments, field, value, ...
 -- Returns {id of the first event, events, units taken, 1 if this repeats a batch already appended,
---         room left, who pins it, lost, dropped}. Event n (from 0) has the id `ms-(seq + n)` of the
---         first. With no unit taken the id is '' and nothing is remembered. room is -1 in a repeat.
---         who pins it: {group, floor, pending, lag}, only if a unit was left. lost: ghosts, {group,
---         id, ...}. dropped: {group, entries it had not handled, ...}.
+--         room left}, and after a look for room {..., who pins it, lost, dropped}. Event n (from 0)
+--         has the id `ms-(seq + n)` of the first. With no unit taken the id is '' and nothing is
+--         remembered. room is -1 in a repeat. who pins it: {group, floor, pending, lag}, only if a
+--         unit was left. lost: ghosts, {group, id, ...}. dropped: {group, entries it had not
+--         handled, ...}.
 -- Error   STALE: a later batch of this publisher was appended before.
 -- Atomic  because a repeat must find either all of what was taken or nothing of it, and because
 --         what is trimmed must still be needed by nobody when it goes.
@@ -16,7 +17,7 @@ local memory = redis.call('GET', KEYS[2])
 if memory then
   local last, first, events, units = string.match(memory, '^(%d+) (%S+) (%d+) (%d+)$')
   if seq == tonumber(last) then
-    return {first, tonumber(events), tonumber(units), 1, -1, {}, {}, {}}
+    return {first, tonumber(events), tonumber(units), 1, -1}
   end
   if seq < tonumber(last) then
     return redis.error_reply('STALE batch ' .. ARGV[1] .. ', the last one was ' .. last)
@@ -25,16 +26,19 @@ end
 local keep, slack, most = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local units, total = tonumber(ARGV[7]), tonumber(ARGV[8])
 local length = redis.call('XLEN', KEYS[1])
-local who, floor, lost, dropped = nil, nil, {}, {}
+local found
 local over = length + total - keep
 -- Looked at once per `slack` entries: at the mark, and when a slow group holds the trimming up.
 if length + total > most
   or (over > slack and math.floor(over / slack) > math.floor((length - keep) / slack)) then
   if length > 0 then
+    -- include _trim
+    local who, lost, floor, dropped
     length, who, lost, floor = trim(KEYS[1], keep, length, length + total - most)
     if ARGV[6] == '1' and length + total > most then
       length, dropped = drop_oldest(KEYS[1], keep, length, length + total - most)
     end
+    found = {pinned_by(who, floor), lost, dropped or {}}
   end
 end
 local at, events, taken, first, ms, low = 9, 0, 0, nil, nil, nil
@@ -66,5 +70,8 @@ end
 if taken > 0 then
   redis.call('SET', KEYS[2], table.concat({ARGV[1], first, events, taken}, ' '), 'EX', ARGV[2])
 end
-local pinned = taken < units and pinned_by(who, floor) or {}
-return {first or '', events, taken, 0, most - length, pinned, lost, dropped}
+local answer = {first or '', events, taken, 0, most - length}
+if found then
+  answer[6], answer[7], answer[8] = taken < units and found[1] or {}, found[2], found[3]
+end
+return answer

@@ -6,6 +6,7 @@
 --         was done then.
 -- Atomic  because add-then-ack in two commands duplicates and ack-then-add loses. The body comes
 --         from the worker's memory, so an entry that was trimmed meanwhile is still kept.
+-- include _owned
 local ids, starts, at = {}, {}, 4
 while at <= #ARGV do
   ids[#ids + 1] = ARGV[at]

@@ -4,6 +4,7 @@
 -- Returns {moved, lost ids}. Only what stands first in the pending list and is in a lane: behind an
 -- entry that runs, moving others would free nothing.
 -- Atomic  because the lane owns an entry until it is in the inbox: nobody may take it in between.
+-- include _owned
 local moved, lost, lanes = 0, {}, {}
 for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', ARGV[2])) do
   local id, lane, count = row[1], row[2], row[4]

@@ -6,6 +6,7 @@
 -- A lane is named by the server time in ms at which all of it is due, rounded up so that there
 -- are a few hundred lanes at most; delay 0 is the lane `parked:0`, always due.
 -- Atomic  because the owner check and the claim must see the same owner.
+-- include _owned
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local function lane(said)

@@ -4,6 +4,7 @@
 -- Returns {entries as {id, delivery count, fields}, lost ids}. The count stays: what was only
 -- fetched and never started has lost nothing yet.
 -- Atomic  because an owner that renewed its lease meanwhile must keep everything.
+-- include _owned
 if ARGV[5] == '0' and redis.call('EXISTS', KEYS[2]) == 1 then return {{}, {}} end
 local rows = redis.call('XPENDING', KEYS[1], ARGV[1], 'IDLE', ARGV[5], '-', '+', ARGV[4], ARGV[3])
 return {take(KEYS[1], ARGV[1], ARGV[2], rows, 'keep')}

@@ -4,6 +4,7 @@
 -- Returns {entries as {id, delivery count, fields}, lost ids}; call again while entries come.
 -- The count stays: re-reading by `XREADGROUP 0` would raise it on this server but not in its AOF.
 -- Atomic  because each row must still be this worker's when it is handed out.
+-- include _owned
 local held, rows, most, from = {}, {}, tonumber(ARGV[3]), '-'
 for i = 4, #ARGV do held[ARGV[i]] = true end
 while #rows < most do

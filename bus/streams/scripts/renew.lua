@@ -3,6 +3,7 @@
 -- ARGV  1 group  2 consumer  3.. entry ids
 -- Returns {ids that are not this worker's any more, ids whose entry is gone}.
 -- Atomic  because XCLAIM cannot say "only if it is mine": a late renewal would steal back.
+-- include _owned
 local ids = {}
 for i = 3, #ARGV do ids[#ids + 1] = ARGV[i] end
 local mine, held, refused, lost = owned(KEYS[1], ARGV[1], ARGV[2], ids), {}, {}, {}

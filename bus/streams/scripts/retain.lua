@@ -3,6 +3,7 @@
 -- ARGV  1 retention in ms
 -- Returns {entries trimmed, lost as {group, id, ...}}; call again while about 5,000 were trimmed.
 -- Atomic  because what is trimmed must still be needed by nobody when it goes.
+-- include _trim
 if redis.call('XLEN', KEYS[1]) == 0 then return {0, {}} end
 local time = redis.call('TIME')
 local oldest = time[1] * 1000 + math.floor(time[2] / 1000) - tonumber(ARGV[1])

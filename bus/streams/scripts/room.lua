@@ -3,6 +3,7 @@
 -- ARGV  1 keep  2 most entries  3 entries that are to fit, 0 to trim whole nodes only
 -- Returns {room, who pins it as {group, floor, pending, lag}, lost as {group, id, ...}}.
 -- Atomic  because what is trimmed must still be needed by nobody when it goes.
+-- include _trim
 local length = redis.call('XLEN', KEYS[1])
 if length == 0 then return {tonumber(ARGV[2]), {}, {}} end
 local who, lost, floor

@@ -4,6 +4,7 @@
 -- Returns {entries as {id, delivery count, fields}, lost ids}. Costs what is due, not what is
 -- parked. Lanes found or left empty are deleted.
 -- Atomic  because two sweepers must not take one entry.
+-- include _owned
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local entries, lost, left = {}, {}, tonumber(ARGV[3])

@@ -4,6 +4,7 @@
 -- Returns {entries as {id, delivery count, fields}, lost ids}; one that left its lane is not among
 -- them. Lanes left empty are deleted.
 -- Atomic  because a sweeper may be taking the same entry.
+-- include _owned
 local rows, lanes = {}, {}
 for i = 3, #ARGV, 2 do
   local row = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[i + 1], ARGV[i + 1], 1, ARGV[i])[1]
