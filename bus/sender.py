@@ -21,7 +21,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from bus.config import BATCH_BYTES, BATCH_EVENTS, REPLY_TIMEOUT_S, ROOM_WAIT_S
+from bus.config import ANSWER_S, BATCH_BYTES, BATCH_EVENTS, REPLY_TIMEOUT_S, ROOM_WAIT_S
 from bus.errors import (
     BusError,
     PublishRefused,
@@ -340,10 +340,15 @@ class Sender:
         """Tell the callers whose time is up; their batch may go on being sent all the same."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        # An attempt that still connects may yet send it: doubt is the honest answer.
+        # An attempt that still connects may yet send it: doubt is the honest answer. But one that
+        # was sent just before the deadline is usually answered at once, and then there is none.
         doubt = self._maybe_sent or self._attempting
-        for units, unknown in ((self._in_flight, doubt), (self._units, False)):
-            late = [u for u in units if u.deadline <= now and not u.future.done()]
+        answer_s = ANSWER_S if self._attempting and not self._maybe_sent else 0.0
+        for units, unknown, more_s in (
+            (self._in_flight, doubt, answer_s),
+            (self._units, False, 0.0),
+        ):
+            late = [u for u in units if u.deadline + more_s <= now and not u.future.done()]
             full = self._full if units is self._units else None
             for unit in late:
                 unit.future.set_exception(
@@ -358,7 +363,8 @@ class Sender:
                     self._units.remove(unit)
         if all(u.future.done() for u in self._in_flight):
             self._all_told.set()
-        waiting = [u.deadline for u in (*self._in_flight, *self._units) if not u.future.done()]
+        waiting = [u.deadline + answer_s for u in self._in_flight if not u.future.done()]
+        waiting += [u.deadline for u in self._units if not u.future.done()]
         self._deadline = loop.call_at(min(waiting), self._expire) if waiting else None
 
     def _too_late(self, unknown: bool, cause: Exception | None = None) -> BusError:  # noqa: FBT001
