@@ -60,7 +60,7 @@ class Rung(Event, type="telemetrybell.rung"):
     how: str
 
 
-@event_handler(Rung, group="bell", backoff=Backoff(0.01, max_s=0.01), max_attempts=2)
+@event_handler(Rung, group="bell", backoff=Backoff(0.01), max_attempts=2, breaker=None)
 async def answer(event: Rung) -> None:
     if event.how == "badly":
         raise ValueError("too loud")

@@ -77,7 +77,7 @@ class Consumer:
             self.hands,
             telemetry,
             self._retries.parked,
-            self._relieved,
+            self.look_again,
             dead_letter_maxlen=handler.dead_letter_maxlen or 0,
         )
         refunds = Refunds(store, self.group, self.hands, telemetry)
@@ -215,9 +215,6 @@ class Consumer:
         if self._circuit.is_open:  # something for the probe, if there is nothing yet
             return 0 if self._circuit.blocked or self.holding.waiting else min(1, free)
         return free
-
-    def _relieved(self) -> None:
-        self.intake.look_again()
 
     def wanted(self) -> int:
         """Entries to ask for: the free slots, or what they do in IN_HAND_S if that is more."""
@@ -365,8 +362,7 @@ class Consumer:
         if crashed is not None:
             await self._settle(slot, delivery, crashed)
             return None
-        was_open = self._circuit.is_open
-        run = partial(self._handle_counted, slot, delivery, probe=was_open)
+        run = partial(self._handle_counted, slot, delivery, probe=self._circuit.is_open)
         return await self._suspects.start(delivery, run)
 
     async def _handle_counted(

@@ -9,7 +9,7 @@ call of that verb or just after it.
     nth     which call of it, from 1; "after" a taking one, only if it took something
     signal  "SIGKILL" or "SIGSTOP"
     lose_reads  that many replies to reads are dropped, as when a connection breaks
-    settings    of the handler; lease_s, stock (true for the default times)
+    settings    of the handler, `breaker` as the settings of a Breaker; lease_s, stock (true for the default times)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import uvloop
 
-from bus import Bus, Worker
+from bus import Breaker, Bus, Worker
 from bus.instrument.logging import attach, configure
 from bus.streams.answers import Taken
 from bus.streams.connection import ConnectionLost
@@ -96,6 +96,8 @@ async def main(wish: dict[str, Any]) -> None:
     if wish.get("stock"):
         lease_s = 15.0
         settings = {"visibility_s": 30.0, **settings}
+    if "breaker" in settings:
+        settings["breaker"] = Breaker(**settings["breaker"])
     bus = Bus.connect(wish["url"])
     attach(bus.telemetry)
     async with bus:

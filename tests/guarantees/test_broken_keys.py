@@ -73,7 +73,7 @@ async def test_a_broken_dead_letter_key_keeps_the_entry(backend: Backend) -> Non
     """Nothing is told as lost that is not lost: the verdict waits until the key is mended."""
     release = asyncio.Event()
 
-    @event_handler(Made, group="g", max_attempts=1)
+    @event_handler(Made, group="g", max_attempts=1, breaker=None)
     async def fail(event: Made) -> None:
         await release.wait()
         raise ValueError("why")

@@ -54,7 +54,7 @@ async def test_every_group_gets_every_event(backend: Backend) -> None:
 async def test_a_failing_group_costs_the_others_nothing(backend: Backend) -> None:
     handled: list[int] = []
 
-    @event_handler(Made, group="broken", max_attempts=1)
+    @event_handler(Made, group="broken", max_attempts=1, breaker=None)
     async def broken(event: Made) -> None:
         raise SystemExit("this handler is a disaster")
 

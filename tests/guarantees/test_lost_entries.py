@@ -92,7 +92,7 @@ async def test_a_deleted_entry_whose_last_attempt_fails_is_still_a_full_dead_let
     running = asyncio.Event()
     release = asyncio.Event()
 
-    @event_handler(Made, group="g", max_attempts=1)
+    @event_handler(Made, group="g", max_attempts=1, breaker=None)
     async def fail(event: Made) -> None:
         running.set()
         await release.wait()

@@ -132,7 +132,7 @@ async def test_retries_are_prompt_not_rounded_to_the_lane(backend: Backend) -> N
 
 
 async def test_lanes_leave_no_consumers_behind(backend: Backend) -> None:
-    @event_handler(Made, group="tidy", backoff=SOON)
+    @event_handler(Made, group="tidy", backoff=SOON, breaker=None)
     async def once_more(event: Made, delivery: Delivery[Made]) -> None:
         if delivery.attempt < 2:
             raise ValueError
@@ -147,7 +147,7 @@ async def test_lanes_leave_no_consumers_behind(backend: Backend) -> None:
 
 
 async def test_used_up_attempts_become_a_full_dead_letter(backend: Backend) -> None:
-    @event_handler(Made, group="doomed", backoff=SOON, max_attempts=2)
+    @event_handler(Made, group="doomed", backoff=SOON, max_attempts=2, breaker=None)
     async def fail(event: Made) -> None:
         raise LookupError("no such shelf")
 
@@ -239,7 +239,7 @@ async def test_on_dead_is_told_before_the_dead_letter_is_written(backend: Backen
         told.append((dead.reason, dead.error.text, dead.event, dead.delivery.attempt))
         await bus.publish(Kept(n=dead.event.n))
 
-    @event_handler(Made, group="mourned", backoff=SOON, max_attempts=2, on_dead=note)
+    @event_handler(Made, group="mourned", backoff=SOON, max_attempts=2, on_dead=note, breaker=None)
     async def fail(event: Made) -> None:
         raise ValueError("why")
 
@@ -259,7 +259,7 @@ async def test_an_error_in_on_dead_is_told_and_the_dead_letter_goes_ahead(backen
         await asyncio.sleep(0)
         raise RuntimeError("no tears")
 
-    @event_handler(Made, group="cold", max_attempts=1, on_dead=break_down)
+    @event_handler(Made, group="cold", max_attempts=1, on_dead=break_down, breaker=None)
     async def fail(event: Made) -> None:
         raise ValueError("why")
 
@@ -279,7 +279,7 @@ async def test_a_handler_over_its_time_fails_that_attempt(backend: Backend) -> N
     attempts: list[int] = []
     cleaned: list[int] = []
 
-    @event_handler(Made, group="timed", timeout_s=0.1, max_attempts=2, backoff=SOON)
+    @event_handler(Made, group="timed", timeout_s=0.1, max_attempts=2, backoff=SOON, breaker=None)
     async def never_return(event: Made, delivery: Delivery[Made]) -> None:
         attempts.append(delivery.attempt)
         try:
@@ -300,7 +300,7 @@ async def test_timeouts_leave_the_other_slots_alone(backend: Backend) -> None:
     handled: list[int] = []
     stuck = asyncio.Event()
 
-    @event_handler(Made, group="timed", timeout_s=0.3, concurrency=2, max_attempts=1)
+    @event_handler(Made, group="timed", timeout_s=0.3, concurrency=2, max_attempts=1, breaker=None)
     async def first_hangs(event: Made) -> None:
         if event.n == 0:
             stuck.set()

@@ -158,7 +158,7 @@ async def test_nothing_a_handler_does_to_its_task_ends_a_slot(
     handled: list[int] = []
     running = most = 0
 
-    @event_handler(Asked, group="g", concurrency=2, backoff=AGAIN, max_attempts=2)
+    @event_handler(Asked, group="g", concurrency=2, backoff=AGAIN, max_attempts=2, breaker=None)
     async def read(event: Asked) -> None:
         nonlocal running, most
         if event.n < 10:

@@ -98,7 +98,9 @@ async def test_acks_of_one_turn_travel_together(
 async def test_verdicts_of_many_kinds_at_once_each_find_their_place(
     bus: Bus, backend: Backend, witness: Witness
 ) -> None:
-    @event_handler(Asked, group="g", concurrency=30, backoff=Backoff(base_s=60), max_attempts=2)
+    @event_handler(
+        Asked, group="g", concurrency=30, backoff=Backoff(60), max_attempts=2, breaker=None
+    )
     async def read(event: Asked) -> None:
         if event.n % 3 == 1:
             raise ValueError

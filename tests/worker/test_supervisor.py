@@ -193,7 +193,7 @@ async def test_what_outlives_the_grace_is_cancelled_and_handed_back_uncounted(
     running = asyncio.Event()
     cancelled: list[bool] = []
 
-    @event_handler(Asked, group="g", max_attempts=1)
+    @event_handler(Asked, group="g", max_attempts=1, breaker=None)
     async def read(event: Asked) -> None:
         running.set()
         try:

@@ -126,6 +126,9 @@ local function drop_oldest(stream, keep, length, count)
       n = n + #pending
       if #pending < 500 then break end
     end
+    -- What is gone is behind it. Saying so voids the server's count of what the group has read,
+    -- which 7.0 would have wrong for ever.
+    if before(row[3], last) then redis.call('XGROUP', 'SETID', stream, row[1], last) end
     if n > 0 then
       dropped[#dropped + 1] = row[1]
       dropped[#dropped + 1] = n

@@ -1,0 +1,114 @@
+"""The rights that docs/wire.md lists are enough: each role does all it does as such a user."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from bus import Backoff, Bus, Event, RetryLater, Topic, Worker, event_handler
+from bus.worker import reclaimer, supervisor
+from tests.servers import ask
+from tests.witness import Witness, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from bus.embedded import EmbeddedServer
+
+PAGE = (Path(__file__).parent.parent / "docs" / "wire.md").read_text()
+TOPIC = Topic("right", maxlen=60, keep=6, retention=timedelta(days=1))
+
+
+class Used(Event, type="right.used"):
+    n: int
+
+
+def commands(role: str) -> list[str]:
+    """The commands of a row of the table."""
+    (row,) = re.findall(rf"^\| {role} \| (.+) \|$", PAGE, re.MULTILINE)
+    named = [f"+{word.lower()}" for word in re.findall(r"`([A-Z]+)`", row)]
+    return [*commands("publisher"), *named] if "those, and" in row else named
+
+
+def ids(server: EmbeddedServer) -> list[str]:
+    """The ids of all entries."""
+    return re.findall(r"\d{13}-\d+", ask(server, "XRANGE", "bus:{right:0}", "-", "+").decode())
+
+
+@pytest.fixture
+def url_of(server: EmbeddedServer, url: str) -> Iterator[object]:
+    """Return the URL of a user who has the rights of one role and no others."""
+    made: list[str] = []
+
+    def of_role(role: str) -> str:
+        rights = [*commands("every connection"), *commands(role)]
+        ask(server, "ACL", "SETUSER", role, "on", ">pw", "~bus:*", *dict.fromkeys(rights))
+        made.append(role)
+        return url.replace("redis://", f"redis://{role}:pw@")
+
+    yield of_role
+    for role in made:
+        ask(server, "ACL", "DELUSER", role)
+
+
+async def test_a_publisher_needs_no_more_also_at_the_cap(url_of, server) -> None:
+    async with Bus.connect(url_of("publisher"), topics=[TOPIC]) as bus:
+        ask(server, "XGROUP", "CREATE", "bus:{right:0}", "g", "0", "MKSTREAM")
+        await bus.publish_many([Used(n=n) for n in range(50)])
+        ask(server, "XREADGROUP", "GROUP", "g", "c", "COUNT", "30", "STREAMS", "bus:{right:0}", ">")
+        ask(server, "XGROUP", "SETID", "bus:{right:0}", "g", "$")
+        ask(server, "XTRIM", "bus:{right:0}", "MAXLEN", "45")  # some pending ids have no entry now
+        for n in range(10):
+            await bus.publish(Used(n=n))
+        ask(server, "XACK", "bus:{right:0}", "g", *ids(server))
+        for n in range(100):
+            ask(server, "XGROUP", "SETID", "bus:{right:0}", "g", "$")
+            await bus.publish(Used(n=n))
+    async with Bus.connect(url_of("publisher")) as bus:
+        await bus.publish(Used(n=99))
+
+
+async def test_a_worker_needs_no_more(url_of, monkeypatch) -> None:
+    monkeypatch.setattr(supervisor, "JANITOR_S", 0.1)
+    monkeypatch.setattr(supervisor, "PRESSURE_S", 0.05)
+    monkeypatch.setattr(reclaimer, "SWEEP_S", 0.1)
+    tried: list[int] = []
+
+    @event_handler(Used, group="g", backoff=Backoff(base_s=0.3), max_attempts=2, breaker=None)
+    async def use(event: Used) -> None:
+        tried.append(event.n)
+        if event.n == 0:
+            raise ValueError
+        if event.n == 1 and tried.count(1) < 2:
+            raise RetryLater(0.2)
+
+    async with Bus.connect(url_of("worker"), topics=[TOPIC]) as bus:
+        witness = Witness(bus)
+        async with Worker(bus, [use], lease_s=0.5) as worker:
+            for n in range(200):
+                await bus.publish(Used(n=n))
+            await worker.drained()
+            await eventually(lambda: witness.of("delivery.dead_lettered"))
+            assert "PermissionDenied" not in str(witness.seen)
+            assert "NOPERM" not in str(witness.seen)
+            assert {name for name, _ in witness.seen if name.endswith(".failed")} == set()
+        async with Worker(
+            bus, [use], lease_s=0.5
+        ) as worker:  # leaves, comes and names the unserved
+            await worker.drained()
+
+
+@pytest.mark.parametrize("role", ["history", "backlog"])
+async def test_those_who_look_need_no_more(role: str, url_of, url) -> None:
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        await bus.publish(Used(n=1))
+        await bus.redis.xgroup_create("bus:{right:0}", "g", "0")
+    async with Bus.connect(url_of(role)) as bus:
+        if role == "history":
+            assert [e.event async for e in bus.history("right")] == [Used(n=1)]
+        else:
+            assert (await bus.backlog("right")).of("g").undelivered == 1
