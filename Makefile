@@ -27,7 +27,7 @@ lint: $(STAMP) ## Check format, lint rules and types
 	$(RUN) -m ruff check
 	$(RUN) -m mypy --strict $(CHECKED)
 
-bench-quick: $(STAMP) ## Measure beside the bare loops, in about a minute
+bench-quick: $(STAMP) ## Measure beside the bare loops, and what trimming costs, in a minute or two
 	$(RUN) -m bench
 
 env: $(STAMP) ## Make the environment .venv (the other targets do it when needed)

@@ -1,1 +1,1 @@
-"""Our numbers beside the bare loops', in one run: `python -m bench`."""
+"""Our numbers beside the bare loops', and at the cap, in one run: `python -m bench`."""

@@ -1,5 +1,6 @@
 """Measure the bus beside the bare loops: interleaved rounds in one run, medians, ratios.
 
+And publishing into streams that stand at their cap beside publishing far below it.
 Machines are shared and noisy: the ratios of one run mean something, single rates do not.
 """
 
@@ -16,8 +17,8 @@ from typing import Any
 import redis
 import uvloop
 
-from bench.work import LANES, STANDINGS, STREAM, make_events
-from bus import Bus
+from bench.work import LANES, STANDINGS, STREAM, TOPIC, make_events
+from bus import Bus, Topic
 from bus.embedded import EmbeddedServer
 
 _PAIRS = (("consume", "bare-redis-py", 0.5), ("publish", "bare-hiredis", 0.3))
@@ -26,9 +27,10 @@ _COST_AT_MOST = 1.5  # of a publish at `keep` and above, where appends trim, to 
 
 
 async def preload(url: str, count: int) -> None:
-    """Fill the stream that everybody drains."""
+    """Fill the stream that everybody drains, in a topic that keeps what was drained."""
     events = make_events(count)
-    async with Bus.connect(url) as bus:
+    topic = Topic(TOPIC, keep=10 * count, maxlen=20 * count)
+    async with Bus.connect(url, topics=[topic]) as bus:
         for start in range(0, count, 1000):
             await bus.publish_many(events[start : start + 1000])
 

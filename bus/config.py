@@ -28,7 +28,7 @@ UNSERVED_SHARE = 0.5  # of the room pinned by a group that nobody serves: an ale
 PRESSURE_S = 1.0  # how soon a worker notices that a stream is filling up
 MOVED_PER_CALL = 100  # parked entries moved aside by one script
 DEAD_LETTERS_FULL_PARK_S = 60.0  # what cannot be dead-lettered for want of room is tried again
-RESERVE_FULL_PARK_S = 1.0  # a delivery whose publish found even the reserve full comes again
+NOT_PUBLISHED_PARK_S = 1.0  # a delivery whose publish the server would not take comes again
 
 # --- connections
 CONNECT_TIMEOUT_S = 5.0

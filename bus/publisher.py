@@ -10,6 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from hashlib import blake2b
 from itertools import count
 from typing import Any
@@ -26,11 +27,11 @@ from bus.config import UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import Delivery, current_delivery
 from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout, Undecodable
 from bus.event import Event, EventInfo, info_of
-from bus.sender import _REMEDIES, Sender, Unit, is_transient
+from bus.sender import Sender, Unit, is_transient
 from bus.streams import keys
 from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
 from bus.streams.connection import Arg
-from bus.streams.replies import ReplyError
+from bus.streams.replies import REMEDIES, ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import RECORD_TTL_S, Record, TopicTable
 from bus.telemetry import Telemetry
@@ -106,7 +107,7 @@ class Publisher:
         if route is None or now >= route.stale_at or self._unrouted:
             route = await self._route(event, deadline)
         event_id, stream, args, size = self._encoded(route, event, event_id, headers)
-        sender = self._sender(stream, route.record)
+        sender = self._sender(stream, route)
         ms, at = await sender.add(Unit(1, size, [1, *args], deadline))
         return Receipt(event_id, stream, f"{ms}-{at}")
 
@@ -116,15 +117,15 @@ class Publisher:
         """Append events, atomically per stream. See `Bus.publish_many`."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         by_stream: dict[str, list[tuple[int, str, list[Arg], int]]] = {}
-        records: dict[str, Record] = {}
+        routes: dict[str, _Route] = {}
         total = 0
         for position, event in enumerate(events):
             route = await self._route(event, deadline)
             event_id, stream, args, size = self._encoded(route, event, None, headers)
             by_stream.setdefault(stream, []).append((position, event_id, args, size))
-            records[stream] = route.record
+            routes[stream] = route
             total += 1
-        senders = {s: self._sender(s, records[s]) for s in by_stream}
+        senders = {s: self._sender(s, routes[s]) for s in by_stream}
         units = {s: _unit_of(s, items, senders[s], deadline) for s, items in by_stream.items()}
         futures = [senders[s].add(u) for s, u in units.items()]
         results = await asyncio.gather(*futures, return_exceptions=True)
@@ -239,7 +240,7 @@ class Publisher:
     def _all_senders(self) -> list[Sender]:
         return [*self._senders.values(), *self._inside.values()]
 
-    def _sender(self, stream: str, record: Record) -> Sender:
+    def _sender(self, stream: str, route: _Route) -> Sender:
         """Return what publishes to `stream`; a handler's publishes have one of their own.
 
         They may use the reserve and never wait for room, nor behind those who do: a handler must
@@ -252,10 +253,15 @@ class Publisher:
         if sender is None:
             own_id = f"{self._id}-handlers" if inside else self._id
             sender = senders[stream] = Sender(
-                stream, own_id, self._store, self._telemetry, self._timeout_s
+                stream,
+                own_id,
+                self._store,
+                self._telemetry,
+                self._timeout_s,
+                partial(self._topics.record, route.info.topic),
             )
-        if sender.record is not record:
-            sender.keep_to(record, inside=inside)
+        if sender.record is not route.record:
+            sender.keep_to(route.record, inside=inside)
         return sender
 
 
@@ -264,7 +270,7 @@ def _not_routed(topic: str, cause: BusError | None) -> PublishTimeout:
     why = f" ({cause})" if cause is not None else ""
     text = f"the partitions of topic {topic} could not be had in time{why}"
     if isinstance(cause, ReplyError):
-        remedy = _REMEDIES.get(cause.code, "")
+        remedy = REMEDIES.get(cause.code, "")
         return PublishRefused(f"{text}: the event was not published{remedy}", cause.code)
     return PublishTimeout(f"{text}: the event was not published")
 

@@ -12,6 +12,8 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from collections.abc import Awaitable, Callable
+from itertools import islice
 
 from tenacity import (
     AsyncRetrying,
@@ -28,11 +30,11 @@ from bus.errors import (
     PublishTimeout,
     PublishUnknown,
     ServerUnreachable,
-    StreamFull,
 )
+from bus.shortage import Shortage, tell_lost
 from bus.streams.answers import Appended, Limits, Room
 from bus.streams.connection import Arg, ConnectionLost
-from bus.streams.replies import TRANSIENT, ReplyError
+from bus.streams.replies import REMEDIES, TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record
 from bus.telemetry import Telemetry
@@ -65,6 +67,7 @@ class Sender:
         store: StreamStore,
         telemetry: Telemetry,
         patience_s: float,
+        record_of_topic: Callable[[], Awaitable[Record]],
     ) -> None:
         self.record: Record | None = None  # until `keep_to`, before anything is added
         self.limits = Limits(1, 1, 1)
@@ -73,8 +76,9 @@ class Sender:
         self._publisher_id = publisher_id
         self._store = store
         self._telemetry = telemetry
-        self._full: Room | None = None  # what was found when there was no room, until there is
-        self._full_since = 0.0
+        self._shortage = Shortage(stream, telemetry)
+        self._record_of_topic = record_of_topic
+        self._more_waits = False  # whether the batch in flight was cut to what fits
         self._timeout_s = min(patience_s, REPLY_TIMEOUT_S)
         self._units: deque[Unit] = deque()
         self._in_flight: list[Unit] = []
@@ -113,7 +117,7 @@ class Sender:
                 batch = self._next_batch()
                 if batch:
                     await self._send(batch)
-                if self._full is not None and self.waits:
+                if self._shortage.room is not None and self.waits:
                     await self._wait_for_room()
         finally:
             self.task = None
@@ -123,14 +127,22 @@ class Sender:
                 self._deadline = None
 
     def _next_batch(self) -> list[Unit]:
+        """Take the first in line, no more than an append takes; while full, no more than fits."""
         batch: list[Unit] = []
         events = size = 0
+        fits = BATCH_EVENTS
+        if self._shortage.room is not None and self.waits:
+            fits = min(fits, self._shortage.room.entries)
+        self._more_waits = False
         while self._units:
             unit = self._units[0]
             if unit.future.done():  # the caller has gone, or been told that its time was up
                 self._units.popleft()
                 continue
             if batch and (events + unit.events > BATCH_EVENTS or size + unit.bytes > BATCH_BYTES):
+                break
+            if batch and events + unit.events > fits:
+                self._more_waits = True
                 break
             events += unit.events
             size += unit.bytes
@@ -153,6 +165,10 @@ class Sender:
         except Exception as error:
             self._fail(batch, error)
             return
+        self._settle(batch, where, time.perf_counter() - started)
+
+    def _settle(self, batch: list[Unit], where: Appended, duration_s: float) -> None:
+        """Tell callers where their events are; what was not taken is first in line again."""
         at = where.sequence
         taken = batch if where.units == len(batch) else batch[: where.units]
         for unit in taken:
@@ -165,14 +181,14 @@ class Sender:
                 stream=self._stream,
                 count=where.events,
                 bytes=sum(u.bytes for u in taken),
-                duration_s=time.perf_counter() - started,
+                duration_s=duration_s,
             )
-        self._tell_gone(where.room, where.dropped)
+        tell_lost(self._telemetry, self._stream, where.room.lost)
+        for group, count in where.dropped.items():
+            self._telemetry.emit("delivery.overrun", stream=self._stream, group=group, count=count)
         if taken is batch:
-            if self._full is not None:
-                self._full = None
-                full_s = time.perf_counter() - self._full_since
-                self._telemetry.emit("publish.resumed", stream=self._stream, full_s=full_s)
+            if self._shortage.room is not None and not self._more_waits:
+                self._shortage.over()
         else:
             self._in_flight = []
             left = batch[where.units :]
@@ -186,17 +202,18 @@ class Sender:
 
     def _found_no_room(self, left: list[Unit], room: Room) -> None:
         """Put what was not taken first in line again; tell those who do not wait for room."""
-        self._tell_full(room)
         if self.waits:
+            self._shortage.room = room
             self._units.extendleft(u for u in reversed(left) if not u.future.done())
             return
+        self._shortage.tell(room)
         # One that is smaller than what stopped the others may fit yet.
         smaller = [u for u in left if u.events <= room.entries]
         refused = [u for u in left if u.events > room.entries]
         self._units.extendleft(reversed(smaller))
         for unit in refused:
             if not unit.future.done():
-                unit.future.set_exception(self._no_room(room))
+                unit.future.set_exception(self._shortage.error(self.limits.most))
                 unit.future.exception()  # a caller that gave up never looks
         if refused:
             count = sum(u.events for u in refused)
@@ -217,62 +234,31 @@ class Sender:
         self._drop_cancelled()
         if not self._units:
             return True
-        room = await self._store.room(self._stream, self.limits, self._units[0].events)
-        self._tell_gone(room)
-        self._full = room
-        return not self._units or room.entries >= self._units[0].events
+        await self._look_at_marks()
+        # For as many as an append takes: for the first alone, room would come entry by entry.
+        wanted = sum(u.events for u in islice(self._units, BATCH_EVENTS))
+        wanted = max(min(wanted, BATCH_EVENTS), self._units[0].events)
+        room = await self._store.room(self._stream, self.limits, wanted)
+        tell_lost(self._telemetry, self._stream, room.lost)
+        self._shortage.room = room
+        fits = not self._units or room.entries >= self._units[0].events
+        if not fits:
+            self._shortage.tell(room)
+        return fits
+
+    async def _look_at_marks(self) -> None:
+        """Notice that the marks were changed: those who wait publish nothing that would."""
+        try:
+            record = await self._record_of_topic()  # asks the server every few seconds
+        except BusError:
+            return  # those that are known must do
+        if record is not self.record:
+            self.keep_to(record, inside=False)
 
     def _drop_cancelled(self) -> None:
         """Forget the first in line whose callers have gone: nothing of them was sent."""
         while self._units and self._units[0].future.done():
             self._units.popleft()
-
-    def _no_room(self, room: Room) -> StreamFull:
-        """Return what a caller is told; each its own, since callers may add notes to it."""
-        what = f"{self._stream} is full ({self.limits.most:,} entries): the event was not published"
-        pinned = room.pinned
-        if pinned is None:
-            return StreamFull(what, self._stream)
-        backlog = f"{pinned.pending:,} pending"
-        if pinned.undelivered is not None:
-            backlog += f", {pinned.undelivered:,} not delivered yet"
-        return StreamFull(
-            f"{what}. Group {pinned.group} still needs what begins at {pinned.floor} ({backlog}):"
-            " is a worker serving it? Start more of them, delete the group if it is no longer"
-            " used, or raise maxlen",
-            self._stream,
-            pinned.group,
-            pinned.pending,
-            pinned.undelivered,
-        )
-
-    def _tell_full(self, room: Room) -> None:
-        """Tell that the stream is full, once until a batch is taken whole again."""
-        first = self._full is None
-        self._full = room
-        if first:
-            self._full_since = time.perf_counter()
-            pinned = room.pinned
-            self._telemetry.emit(
-                "publish.full",
-                stream=self._stream,
-                pinned_by=pinned.group if pinned else "",
-                pending=pinned.pending if pinned else 0,
-                undelivered=pinned.undelivered if pinned else None,
-            )
-
-    def _tell_gone(self, room: Room, dropped: dict[str, int] | None = None) -> None:
-        """Tell of entries that groups will not get: ghosts, and what was dropped for room."""
-        for group, ids in room.lost.items():
-            self._telemetry.emit(
-                "delivery.lost",
-                stream=self._stream,
-                group=group,
-                count=len(ids),
-                entry_ids=ids[:20],
-            )
-        for group, count in (dropped or {}).items():
-            self._telemetry.emit("delivery.overrun", stream=self._stream, group=group, count=count)
 
     async def _attempt(self, batch: list[Unit]) -> Appended:
         self._attempting = True
@@ -349,15 +335,16 @@ class Sender:
             (self._units, False, 0.0),
         ):
             late = [u for u in units if u.deadline + more_s <= now and not u.future.done()]
-            full = self._full if units is self._units else None
+            full = self._shortage.room is not None and units is self._units
             for unit in late:
                 unit.future.set_exception(
-                    self._no_room(full)
-                    if full is not None
+                    self._shortage.error(self.limits.most)
+                    if full
                     else self._too_late(unknown, self._trouble)
                 )
-            if late and full is not None:
-                self._tell_failed(sum(u.events for u in late), self._no_room(full))
+            if late and full:
+                count = sum(u.events for u in late)
+                self._tell_failed(count, self._shortage.error(self.limits.most))
             if units is self._units:
                 for unit in late:
                     self._units.remove(unit)
@@ -376,7 +363,7 @@ class Sender:
             )
         text = f"the server did not take it into {self._stream} in time{why}"
         if isinstance(cause, ReplyError):
-            remedy = _REMEDIES.get(cause.code, "")
+            remedy = REMEDIES.get(cause.code, "")
             return PublishRefused(f"{text}: the event was not published{remedy}", cause.code)
         return PublishTimeout(f"{text}: the event was not published")
 
@@ -401,16 +388,6 @@ class Sender:
         if is_transient(error) or self._maybe_sent:
             return self._too_late(self._maybe_sent, error)
         return error.explained(self._stream) if isinstance(error, ReplyError) else error
-
-
-# What an operator can do about a server that answers and takes nothing.
-_REMEDIES = {
-    "OOM": "; it is out of memory: raise maxmemory, or let workers drain and lower maxlen and keep",
-    "READONLY": "; it is a replica: check that the URL names the primary",
-    "MISCONF": "; it cannot save to disk: look for space and rights there",
-    "LOADING": "; it is still loading its data",
-    "NOREPLICAS": "; it has fewer replicas than min-replicas-to-write",
-}
 
 
 def is_transient(error: BaseException) -> bool:

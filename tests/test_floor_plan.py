@@ -18,9 +18,10 @@ PACKAGE = ROOT / "bus"
 
 # From the upper floor to the lower; a module may import from its own floor and those above it.
 FLOORS = [
-    "event topic delivery handler backoff breaker errors config telemetry",  # vocabulary: pure, no I/O
+    # vocabulary: pure, no I/O
+    "event topic delivery handler backoff breaker errors config telemetry",
     "streams",  # everything that speaks Redis
-    "publisher sender hooks",  # the way in
+    "publisher sender shortage hooks",  # the way in
     "worker",  # the way out
     "history",  # looking back
     "outbox",  # the extra for SQL

@@ -24,9 +24,10 @@ after a restart with AOF             none  null until read to the end  exact
 An XDEL leaves a tombstone, the server sees it ahead and says null; a trim leaves none. Whoever
 takes away the very next entries of a group by hand (XTRIM, XDEL) makes 7.0 count what is gone as
 still to come, and it never notices. So a number that cannot be is not believed (0 or below, or not
-below the length though the first entry was delivered), and short backlogs are looked at. A backlog of more than 100 entries on 7.0 stays too high by what was
-taken away until somebody sets the group right: XGROUP SETID <stream> <group> <its last-delivered
-id> makes the server say null, and count afresh once the group has read to the end.
+below the length though the first entry was delivered), and short backlogs are looked at. A backlog
+of more than 100 entries on 7.0 stays too high by what was taken away until somebody sets the group
+right: XGROUP SETID <stream> <group> <its last-delivered id> makes the server say null, and count
+afresh once the group has read to the end.
 """
 
 from collections.abc import Iterable, Sequence

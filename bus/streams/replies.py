@@ -38,6 +38,14 @@ TRANSIENT = frozenset(
         "UNBLOCKED",
     ]
 )
+# What an operator can do about a server that answers and takes nothing.
+REMEDIES = {
+    "OOM": "; it is out of memory: raise maxmemory, or let workers drain and lower maxlen and keep",
+    "READONLY": "; it is a replica: check that the URL names the primary",
+    "MISCONF": "; it cannot save to disk: look for space and rights there",
+    "LOADING": "; it is still loading its data",
+    "NOREPLICAS": "; it has fewer replicas than min-replicas-to-write",
+}
 # The connection leads to a server that does not take writes (any more).
 NOT_THE_PRIMARY = frozenset(["READONLY", "MASTERDOWN", "UNBLOCKED"])
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]{2,})\b")  # how 6.2 quotes the inner error

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bus.config import (
-    RESERVE_FULL_PARK_S,
+    NOT_PUBLISHED_PARK_S,
     RETRY_LATER_MIN_S,
     UNKNOWN_TYPE_MAX_AGE_S,
     UNKNOWN_TYPE_PARK_S,
@@ -31,7 +31,7 @@ from bus.delivery import (
     Verdict,
     current_delivery,
 )
-from bus.errors import Reject, RetryLater, StreamFull, Undecodable, UnknownEventType
+from bus.errors import PublishRefused, Reject, RetryLater, StreamFull, Undecodable, UnknownEventType
 from bus.event import Event, EventInfo, newest_version
 from bus.handler import Handler
 from bus.streams.codec import Located, decode, info_for, locate, plain_entry
@@ -212,8 +212,8 @@ class Executor:
     def _verdict_of(self, error: BaseException, slot: Slot, delivery: Delivery[Any]) -> Verdict:
         if isinstance(error, Reject):
             return DeadLetter("rejected", failure_of(error, error.reason))
-        if isinstance(error, RetryLater | StreamFull):
-            return _postponed(error)
+        if (park := _postponed(error)) is not None:
+            return park
         if isinstance(error, asyncio.CancelledError):
             if slot.cancel_reason == "timeout":
                 limit = self._handler.timeout_s
@@ -230,11 +230,21 @@ class Executor:
         return Park(self._handler.backoff.delay_s(delivery.attempt), failure)
 
 
-def _postponed(error: RetryLater | StreamFull) -> Park:
-    """Not now, and no fault of this event: the handler said so, or even the reserve is full."""
+def _postponed(error: BaseException) -> Park | None:
+    """Return how long to wait if it is no fault of this event, None if it is a failure.
+
+    The handler said so, or it could not publish: even the reserve is full, or the server takes no
+    writes (it is out of memory, for example). A task group wraps what its tasks raise.
+    """
     if isinstance(error, RetryLater):
         return Park(max(error.delay_s, RETRY_LATER_MIN_S), reason=str(error))
-    return Park(RESERVE_FULL_PARK_S, reason=str(error))
+    if isinstance(error, StreamFull | PublishRefused):
+        return Park(NOT_PUBLISHED_PARK_S, reason=str(error))
+    if isinstance(error, BaseExceptionGroup):
+        parks = [_postponed(e) for e in error.exceptions]
+        if all(p is not None for p in parks):
+            return max((p for p in parks if p is not None), key=lambda p: p.delay_s)
+    return None
 
 
 async def absorb_cancellation(task: SlotTask) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from bus.config import VERDICTS_PER_CALL
 from bus.delivery import DeadLetter, Delivery, HandBack, Origin, Park
 from bus.errors import BusError
+from bus.shortage import tell_lost
 from bus.streams.answers import RawEntry, Taken
 from bus.streams.codec import locate, moved
 from bus.streams.replies import ReplyError
@@ -44,8 +45,9 @@ class Hand(Origin):
         is renewed.
     acks, acking: ids that were handled and are not yet acked on the server, waiting and on their
         way; their bodies are gone already.
-    away: verdicts other than acks that are on their way. acks_pause, others_pause: after the server
-        refused some. singly: send dead letters one by one, since it refused one for what it is.
+    away: verdicts other than acks that are on their way. acks_pause, parks_pause, dead_pause: after
+        the server refused some. singly: send dead letters one by one, since it refused one for what
+        it is.
     Nothing in any of them is taken up a second time by recovery or reclaim.
     """
 
@@ -57,7 +59,8 @@ class Hand(Origin):
     dead: list[tuple[Delivery[Any], DeadLetter]] = field(default_factory=list)
     away: int = 0
     acks_pause: Pause = field(default_factory=Pause)
-    others_pause: Pause = field(default_factory=Pause)
+    parks_pause: Pause = field(default_factory=Pause)
+    dead_pause: Pause = field(default_factory=Pause)
     singly: bool = False
 
     @property
@@ -161,7 +164,7 @@ class Holding:
             hand.held[entry_id] = delivery
             self.buffer.appendleft(delivery)
         if taken.lost:
-            tell_lost(self._telemetry, hand, taken.lost)
+            tell_lost(self._telemetry, hand.stream, {hand.group: texts(taken.lost)})
         return len(fresh)
 
     # --- still ours?
@@ -187,7 +190,7 @@ class Holding:
         self.drop(hand, renewed.refused)
         if renewed.lost:
             self.drop(hand, renewed.lost)
-            tell_lost(self._telemetry, hand, renewed.lost)
+            tell_lost(self._telemetry, hand.stream, {hand.group: texts(renewed.lost)})
 
     async def still_ours(self, delivery: Delivery[Any]) -> bool:
         """Ask the server whether a delivery is still this worker's. One `renew` of one id."""
@@ -265,15 +268,9 @@ def names_of(delivery: Delivery[Any]) -> dict[str, Any]:
     }
 
 
-def tell_lost(telemetry: Telemetry, hand: Hand, ids: Sequence[bytes]) -> None:
-    """Tell that pending entries are gone: trimmed or deleted by hand."""
-    telemetry.emit(
-        "delivery.lost",
-        stream=hand.stream,
-        group=hand.group,
-        count=len(ids),
-        entry_ids=[i.decode() for i in ids[:20]],
-    )
+def texts(ids: Sequence[bytes]) -> list[str]:
+    """Return entry ids as text."""
+    return [i.decode() for i in ids]
 
 
 def chunks(items: list[Any], size: int = VERDICTS_PER_CALL) -> Iterable[list[Any]]:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from bus.config import UNSERVED_SHARE
 from bus.errors import BusError
+from bus.shortage import tell_lost
 from bus.streams import keys
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record
@@ -138,14 +139,7 @@ class Janitor:
             gone = _RETAINED_PER_CALL
             while gone >= _RETAINED_PER_CALL:
                 gone, lost = await self._store.retain(stream, retention_ms)
-                for group, ids in lost.items():
-                    self._telemetry.emit(
-                        "delivery.lost",
-                        stream=stream,
-                        group=group,
-                        count=len(ids),
-                        entry_ids=ids[:20],
-                    )
+                tell_lost(self._telemetry, stream, lost)
 
     # --- groups that nobody serves
 

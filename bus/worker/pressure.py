@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from bus.config import FULL_SHARE, MOVED_PER_CALL
 from bus.errors import BusError
+from bus.shortage import tell_lost
 from bus.streams.answers import Room
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record
@@ -63,7 +64,7 @@ class Pressure:
                 return
             group = room.pinned.group
             moved, lost = await self._store.move_parked(stream, group, MOVED_PER_CALL)
-            self._tell_lost(stream, group, lost)
+            tell_lost(self._telemetry, stream, {group: lost} if lost else {})
             if moved:
                 self._telemetry.emit("delivery.moved", stream=stream, group=group, count=moved)
             elif not lost:
@@ -72,15 +73,8 @@ class Pressure:
 
     async def _trim(self, stream: str, record: Record) -> Room:
         room = await self._store.room(stream, record.limits(), 0, urgent=False)
-        for group, ids in room.lost.items():
-            self._tell_lost(stream, group, ids)
+        tell_lost(self._telemetry, stream, room.lost)
         return room
-
-    def _tell_lost(self, stream: str, group: str, ids: list[str]) -> None:
-        if ids:
-            self._telemetry.emit(
-                "delivery.lost", stream=stream, group=group, count=len(ids), entry_ids=ids[:20]
-            )
 
 
 def share_used(record: Record, room: int) -> float:

@@ -13,10 +13,11 @@ from typing import Any
 from bus.config import BREAKER_MEMORY
 from bus.delivery import Delivery
 from bus.errors import BusError
+from bus.shortage import tell_lost
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
-from bus.worker.hand import Hand, Pause, chunks, tell_lost
+from bus.worker.hand import Hand, Pause, chunks, texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ class Refunds:
                 missed += 1
             self._owed.pop(key, None)
         if lost:
-            tell_lost(self._telemetry, hand, lost)
+            tell_lost(self._telemetry, hand.stream, {hand.group: texts(lost)})
         if count or missed:
             self._telemetry.emit(
                 "breaker.refunded",

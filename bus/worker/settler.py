@@ -13,13 +13,14 @@ import msgspec
 from bus.config import DEAD_LETTERS_FULL_PARK_S, READ_COUNT
 from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
+from bus.shortage import tell_lost
 from bus.streams.answers import Buried
 from bus.streams.codec import moved, without_inbox_fields
 from bus.streams.connection import Arg, ConnectionLost
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
-from bus.worker.hand import Hand, chunks, names_of, tell_lost
+from bus.worker.hand import Hand, Pause, chunks, names_of, texts
 
 BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
 _MOST_VALUES = 2_000  # field names and values of one entry
@@ -107,8 +108,7 @@ class Settler:
                 return
 
     def _is_ready(self, hand: Hand, now: float) -> bool:
-        acks = bool(hand.acks) and now >= hand.acks_pause.until
-        return acks or (bool(hand.parks or hand.dead) and now >= hand.others_pause.until)
+        return any(verdicts and now >= pause.until for verdicts, pause in _kinds(hand))
 
     async def _wait(self, now: float) -> None:
         """Wait for a verdict, or for the end of a pause if there are verdicts already."""
@@ -116,7 +116,7 @@ class Settler:
         timeout_s = None
         if self.has_work:
             hands = self._hands.values()
-            pauses = [p for h in hands for p in (h.acks_pause.until, h.others_pause.until)]
+            pauses = [p.until for h in hands for _, p in _kinds(h)]
             timeout_s = max(0.001, min((p - now for p in pauses if p > now), default=0.001))
         await asyncio.wait([self._wanted], timeout=timeout_s)
         self._wanted = None
@@ -129,7 +129,8 @@ class Settler:
     def hurry(self) -> None:
         """Try at once what waits for the end of a pause."""
         for hand in self._hands.values():
-            hand.acks_pause.until = hand.others_pause.until = 0.0
+            for _, pause in _kinds(hand):
+                pause.until = 0.0
         self._wake()
 
     def _wake(self) -> None:
@@ -139,13 +140,18 @@ class Settler:
     async def _apply(self, hand: Hand) -> bool:
         """Bring the verdicts of one stream to the server; False if some are to be tried again.
 
-        Acks have a pause of their own after a failure: a dead letter that the server refuses
-        must not hold them up.
+        Each kind has a pause of its own after a failure: a dead letter that the server refuses,
+        for want of memory perhaps, must hold up neither acks nor retries.
         """
-        now = asyncio.get_running_loop().time()
-        acked = now < hand.acks_pause.until or await self._apply_acks(hand)
-        others = now < hand.others_pause.until or await self._apply_others(hand)
-        return acked and others
+        done = True
+        for pause, apply in (
+            (hand.acks_pause, self._apply_acks),
+            (hand.parks_pause, self._apply_parks),
+            (hand.dead_pause, self._apply_dead),
+        ):
+            if asyncio.get_running_loop().time() >= pause.until:
+                done = await apply(hand) and done
+        return done
 
     async def _apply_acks(self, hand: Hand) -> bool:
         hand.acking, skipped, hand.acks, hand.skipped = hand.acks, hand.skipped, [], 0
@@ -160,18 +166,24 @@ class Settler:
         hand.acks_pause.after(ok=not failed)
         return not failed
 
-    async def _apply_others(self, hand: Hand) -> bool:
-        """Bring parks and dead letters; after a failure that time heals, the rest waits, too."""
+    async def _apply_parks(self, hand: Hand) -> bool:
         parks, hand.parks = hand.parks, []
-        dead, hand.dead = hand.dead, []
-        hand.away = len(parks) + len(dead)
-        ok = True
+        hand.away = len(parks)
+        failed: list[tuple[Delivery[Any], Park | HandBack]] = []
         for part in chunks(parks):
             ids = [d.entry_id for d, _ in part]
-            if not ok or not await self._attempt(hand, ids, partial(self._park, hand, part)):
-                hand.parks += part
-                ok = False
-        refused = False
+            if failed or not await self._attempt(hand, ids, partial(self._park, hand, part)):
+                failed += part
+        hand.parks += failed
+        hand.away = 0
+        hand.parks_pause.after(ok=not failed)
+        return not failed
+
+    async def _apply_dead(self, hand: Hand) -> bool:
+        """Bring dead letters; after a failure that time heals, the rest waits, too."""
+        dead, hand.dead = hand.dead, []
+        hand.away = len(dead)
+        ok, refused = True, False
         for letters in chunks(dead, 1 if hand.singly else _BODIES_PER_CALL):
             ids = [d.entry_id for d, _ in letters]
             if not ok or not await self._attempt(
@@ -185,7 +197,7 @@ class Settler:
             hand.held.setdefault(delivery.entry_id, delivery)
         hand.away = 0
         hand.singly = hand.singly and bool(hand.dead)
-        hand.others_pause.after(ok=ok and not refused)
+        hand.dead_pause.after(ok=ok and not refused)
         return ok and not refused
 
     async def _attempt(
@@ -247,7 +259,7 @@ class Settler:
         refused = handed_back = 0
         for (delivery, verdict), lane in zip(part, lanes, strict=True):
             if lane == b"lost":
-                tell_lost(self._telemetry, hand, [delivery.entry_id])
+                tell_lost(self._telemetry, hand.stream, {hand.group: texts([delivery.entry_id])})
             elif not lane and not self._came_through(hand, delivery.entry_id):
                 refused += 1
             elif isinstance(verdict, HandBack):
@@ -312,6 +324,15 @@ class Settler:
             error=verdict.error.text,
             where=verdict.error.where,
         )
+
+
+def _kinds(hand: Hand) -> tuple[tuple[Sequence[Any], Pause], ...]:
+    """Return each kind of verdict that waits, and its pause."""
+    return (
+        (hand.acks, hand.acks_pause),
+        (hand.parks, hand.parks_pause),
+        (hand.dead, hand.dead_pause),
+    )
 
 
 def _delay_and_count(delivery: Delivery[Any], verdict: Park | HandBack) -> tuple[Arg, int]:

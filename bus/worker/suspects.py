@@ -10,10 +10,11 @@ from typing import Any
 
 from bus.delivery import Delivery, Verdict
 from bus.errors import BusError
+from bus.shortage import tell_lost
 from bus.streams.answers import Started
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
-from bus.worker.hand import Holding, tell_lost
+from bus.worker.hand import Holding, texts
 
 
 class Suspects:
@@ -75,7 +76,7 @@ class Suspects:
             return True
         hand.held.pop(delivery.entry_id, None)
         if started is Started.LOST:
-            tell_lost(self._telemetry, hand, [delivery.entry_id])
+            tell_lost(self._telemetry, hand.stream, {hand.group: texts([delivery.entry_id])})
         else:
             self._holding.tell_dropped(hand, 1)
         return False

@@ -9,7 +9,8 @@ call of that verb or just after it.
     nth     which call of it, from 1; "after" a taking one, only if it took something
     signal  "SIGKILL" or "SIGSTOP"
     lose_reads  that many replies to reads are dropped, as when a connection breaks
-    settings    of the handler, `breaker` as the settings of a Breaker; lease_s, stock (true for the default times)
+    settings    of the handler, of which `breaker` is a Breaker's; lease_s, stock (true for the
+                default times)
 """
 
 from __future__ import annotations

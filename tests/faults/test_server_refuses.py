@@ -152,7 +152,7 @@ async def test_publishers_are_told_why_and_what_helps(
     refuse, relent = REFUSALS[code]
     async with (
         Bus.connect(server.url, publish_timeout_s=SHORT_S) as bus,
-        Bus.connect(server.url, publish_timeout_s=30) as patient,
+        Bus.connect(server.url, publish_timeout_s=15) as patient,
     ):
         witness = Witness(bus)
         for each in (bus, patient):
@@ -178,6 +178,22 @@ async def test_publishers_are_told_why_and_what_helps(
         await bus.publish(Rare(n=2))
         assert await numbers(server.url, STREAM) == [0, 0, 1, 2]
         assert await numbers(server.url, receipts[1].stream) == [1, 2]
+
+
+async def test_an_old_refusal_is_not_the_reason_of_a_later_silence(
+    private_server: PrivateServer,
+) -> None:
+    server = private_server()
+    async with Bus.connect(server.url, publish_timeout_s=SHORT_S) as bus:
+        lacks_memory(server)
+        await refused(lambda: bus.publish(Rare(n=1)), "OOM")
+        has_memory(server)
+        server.pause()
+        with pytest.raises(PublishTimeout, match="was not published") as raised:
+            await bus.publish(Rare(n=2))
+        server.resume()
+        assert not isinstance(raised.value, PublishRefused)
+        await bus.publish(Rare(n=3))
 
 
 # --- workers

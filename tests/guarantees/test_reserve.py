@@ -45,7 +45,7 @@ def watch(url: str, stream: str, stop: threading.Event, seen: Counter[int]) -> N
 def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five entries, and a short wait for what finds even those taken."""
     monkeypatch.setattr("bus.streams.topics.RESERVE", 5)
-    monkeypatch.setattr("bus.worker.executor.RESERVE_FULL_PARK_S", 0.05)
+    monkeypatch.setattr("bus.worker.executor.NOT_PUBLISHED_PARK_S", 0.05)
 
 
 async def test_a_handler_publishes_at_once_while_those_outside_wait(backend: Backend) -> None:
@@ -217,7 +217,38 @@ async def test_a_topic_of_small_reserve_that_feeds_itself_drains_too(
         assert witness.of("delivery.dead_lettered") == []
 
 
-# --- entries removed by hand
+# --- entries removed for room, and by hand
+
+
+async def test_dropping_the_oldest_under_a_running_worker_costs_just_those(
+    backend: Backend, quick_sweeps: None
+) -> None:
+    """What it held is no longer its own: its verdicts come too late; the rest it handles."""
+    release = asyncio.Event()
+    handled: list[int] = []
+
+    @event_handler(Dropped, group="g", concurrency=1)
+    async def handle(event: Dropped) -> None:
+        await release.wait()
+        handled.append(event.n)
+
+    topic = Topic("pond", maxlen=20, keep=2, on_full="drop_oldest")
+    async with backend.bus(topics=[topic]) as (bus, witness), Worker(bus, [handle]) as worker:
+        await bus.publish(Dropped(n=0))
+        await eventually(lambda: witness.of("read.received"))
+        async with asyncio.timeout(5):
+            for n in range(1, 100):
+                await bus.publish(Dropped(n=n))
+        assert witness.total("delivery.overrun", group="g", stream=POND) == 80
+        release.set()
+        await worker.drained()
+        assert set(handled) >= {0, *range(80, 100)}, "what ran, and all that is left"
+        assert len(handled) == len(set(handled))
+        assert witness.total("delivery.acked") == 20
+        assert witness.total("delivery.refused") >= 1
+        assert await backend.pending(POND, "g") == []
+        assert await backend.dead(POND, "g") == []
+
 
 TRIM = """
     local ids = {}

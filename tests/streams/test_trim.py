@@ -124,8 +124,11 @@ class Tank:
 
 
 async def pinned_tank(store: StreamStore, keep: int, most: int, held: int) -> tuple[Tank, list[Id]]:
-    """A full stream whose group has `held` entries pending and the rest undelivered."""
-    tank = Tank(store, keep, most)
+    """A full stream whose group has `held` entries pending and the rest undelivered.
+
+    With as much slack, only what an append needs is trimmed.
+    """
+    tank = Tank(store, keep, most, slack=3 * most)
     await store.create_groups([(S0, G, "0")])
     entries = await tank.fill()
     assert await read(store, G, "me", held) == entries[:held]
@@ -457,6 +460,19 @@ async def test_at_the_mark_single_entries_go_and_no_more_than_needed(store):
     assert (await ids(store))[0] == entries[9]
 
 
+async def test_a_small_stream_stands_at_keep_too(store):
+    """The server would remove whole nodes of 100 only: within the slack, single entries go."""
+    tank = Tank(store, keep=10, most=40, slack=3)
+    await store.create_groups([(S0, G, "0")])
+    lengths = []
+    for _ in range(100):
+        await tank.add(1)
+        await ack(store, G, await read(store, G, "me", 1))
+        lengths.append(await length(store))
+    assert max(lengths) <= 10 + 3 + 1
+    assert min(lengths[20:]) >= 10
+
+
 async def test_history_is_kept_although_nobody_needs_it(store):
     tank = Tank(store, keep=7, most=10)
     entries = await tank.fill()
@@ -501,7 +517,7 @@ async def test_asking_for_room_makes_no_more_than_asked_for(store):
 
 
 async def test_the_floor_is_that_of_the_slowest_group(store):
-    tank = Tank(store, keep=1, most=12)
+    tank = Tank(store, keep=1, most=12, slack=36)
     await store.create_groups([(S0, name, "0") for name in ("fast", "middle", "slow")])
     entries = await tank.fill()
     for name, count in (("fast", 12), ("middle", 8), ("slow", 5)):

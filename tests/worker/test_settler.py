@@ -151,6 +151,7 @@ ORIGIN = Origin("g", STREAM, STREAM, None, envelope_of)  # type: ignore[arg-type
     ("verdict", "attempt", "stored"),
     [
         (Park(2.5, Failure("E", "")), 3, (2500, 3)),  # taking it makes that 4
+        (Park(2.5, Failure("E", ""), counts=False), 3, (2500, 2)),  # an outage
         (Park(2.5), 3, (2500, 2)),  # taking it makes that 3 again
         (Park(0.0), 1, (1, 0)),
         (Park(0.0001, Failure("E", "")), 1, (1, 1)),

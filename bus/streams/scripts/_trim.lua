@@ -68,6 +68,9 @@ local function trim(stream, keep, length, least)
   if spare <= 0 then return length, who, lost, floor end
   local gone
   if floor then
+    -- A trim that trims nothing is a write all the same: after it a script may pass maxmemory.
+    local oldest = redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1]
+    if not oldest or not before(oldest[1], floor) then return length, who, lost, floor end
     gone = redis.call('XTRIM', stream, 'MINID', '~', floor, 'LIMIT', spare)
   else
     gone = redis.call('XTRIM', stream, 'MAXLEN', '~', keep, 'LIMIT', spare)

@@ -30,11 +30,13 @@ local found
 local over = length + total - keep
 -- Looked at once per `slack` entries: at the mark, and when a slow group holds the trimming up.
 if length + total > most
-  or (over > slack and math.floor(over / slack) > math.floor((length - keep) / slack)) then
+  or (over >= slack and math.floor(over / slack) > math.floor((length - keep) / slack)) then
   if length > 0 then
     -- include _trim
     local who, lost, floor, dropped
-    length, who, lost, floor = trim(KEYS[1], keep, length, length + total - most)
+    -- Whole nodes are up to 100 entries: a small stream needs single ones to go, to stand at keep.
+    length, who, lost, floor = trim(KEYS[1], keep, length,
+      math.max(length + total - most, over - math.floor(slack / 2)))
     if ARGV[6] == '1' and length + total > most then
       length, dropped = drop_oldest(KEYS[1], keep, length, length + total - most)
     end
