@@ -13,6 +13,7 @@ BusError
 │   ├── AuthenticationFailed  wrong or missing user or password
 │   ├── PermissionDenied      the user may not run a command that is needed
 │   ├── ServerUnsuitable      too old, or it may evict streams
+│   ├── ServerRefused         it answers and takes no writes now: see `.code`
 │   └── WrongKeyType          a key that should be a stream holds something else
 ├── BusClosed                 the bus was closed before; connect again
 └── PublishError              a publish did not end well
@@ -75,6 +76,17 @@ class PermissionDenied(ServerError):
 
 class ServerUnsuitable(ServerError):
     """The server is too old, or its memory policy may evict streams."""
+
+
+class ServerRefused(ServerError):
+    """The server answers and takes no writes now: it is full, a replica, loading, cannot save.
+
+    code: why, as the server says it: OOM, READONLY, LOADING, MISCONF or another of its codes.
+    """
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class WrongKeyType(ServerError):

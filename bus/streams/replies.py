@@ -5,7 +5,7 @@ from typing import Any
 
 from redis import exceptions as redis_errors
 
-from bus.errors import BusError, PermissionDenied, WrongKeyType
+from bus.errors import BusError, PermissionDenied, ServerRefused, WrongKeyType
 
 Reply = Any  # bytes, int, None, ReplyError or a list of them
 
@@ -90,6 +90,12 @@ class ReplyError(BusError):
                 f"the user lacks a right on {key}: docs/wire.md lists the commands that are needed"
             )
         return self
+
+    def refusal(self, where: str) -> ServerRefused:
+        """Return the error for a server at `where` that takes no writes now."""
+        return ServerRefused(
+            f"the server at {where} refused ({self.code}){REMEDIES.get(self.code, '')}", self.code
+        )
 
 
 _SAFE_TEXT = TRANSIENT | {"STALE", "WRONGTYPE", "NOGROUP", "BUSYGROUP"}

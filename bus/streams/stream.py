@@ -157,12 +157,17 @@ class StreamStore:
         second = await self.commands.pipeline([plain[n] for n in again])
         for n, reply in zip(again, second, strict=True):
             replies[n] = reply
-        return [
-            not (isinstance(r, ReplyError) and r.code == "BUSYGROUP")
-            if not isinstance(r, ReplyError) or r.code == "BUSYGROUP"
-            else r
-            for r in replies
-        ]
+        made: list[bool | ReplyError] = []
+        for (stream, group, _), reply in zip(wanted, replies, strict=True):
+            if not isinstance(reply, ReplyError):
+                made.append(True)
+            elif reply.code == "BUSYGROUP":
+                made.append(False)
+            else:
+                # A server without memory refuses before it looks: a group that is there is enough.
+                there = reply.code == "OOM" and group in await self.groups_of(stream)
+                made.append(False if there else reply)
+        return made
 
     async def _counted_ends(self, streams: Sequence[str]) -> dict[str, tuple[Arg, ...]]:
         """Return where streams end, as arguments that tell a new group how many entries that was.

@@ -144,6 +144,9 @@ class Worker:
             await self._serve_topics()
             await self._lease.beat()
             await self._janitor.name_unserved()
+        except ReplyError as error:
+            await self._exits.aclose()
+            raise error.refusal(self._bus.address) from None
         except BaseException:
             await self._exits.aclose()
             raise

@@ -16,13 +16,14 @@ from redis.asyncio import Redis
 from bus import (
     Backoff,
     Bus,
-    BusError,
     Delivery,
     Event,
     PublishRefused,
     PublishTimeout,
     PublishUnknown,
     Reject,
+    RetryLater,
+    ServerRefused,
     ServerUnreachable,
     Topic,
     Worker,
@@ -488,10 +489,88 @@ async def test_a_worker_is_not_started_on_a_server_that_refuses_and_says_why(
     async with Bus.connect(server.url) as bus:
         worker = Worker(bus, [deeds(crew.journal)], lease_s=LEASE_S)
         async with asyncio.timeout(5):
-            with pytest.raises(BusError, match=code):
+            with pytest.raises(ServerRefused, match=REMEDIES[code]) as raised:
                 await worker.start()
+            assert raised.value.code == code
         relent(server)
         async with Worker(bus, [deeds(crew.journal)], lease_s=LEASE_S) as worker:
             await bus.publish(Deed(n=1))
             await worker.drained()
     assert crew.journal.times("end") == Counter([1])
+
+
+async def test_a_worker_whose_groups_exist_starts_without_memory_and_drains(
+    crew: Crew, private_server: PrivateServer, server_kind: str
+) -> None:
+    """A deployment while the server is full must not end the draining that it needs."""
+    server = private_server(server_kind)
+    async with Bus.connect(server.url) as bus:
+        async with Worker(bus, [deeds(crew.journal)], lease_s=LEASE_S):
+            pass
+        await bus.publish_many([Deed(n=n) for n in range(50)])
+        lacks_memory(server)
+        async with Worker(bus, [deeds(crew.journal)], lease_s=LEASE_S) as worker:
+            await worker.drained()
+        has_memory(server)
+    assert set(crew.journal.times("end")) == set(range(50))
+
+
+async def test_a_dead_letter_that_waits_for_memory_holds_up_no_retry(
+    private_server: PrivateServer, server_kind: str
+) -> None:
+    server = private_server(server_kind)
+    attempts: list[int] = []
+
+    @event_handler(Deed, group=GROUP, breaker=None)
+    async def handle(event: Deed, delivery: Delivery[Deed]) -> None:
+        if event.n == 0:
+            raise Reject("dead")
+        attempts.append(delivery.attempt)
+        raise RetryLater(0.1)
+
+    async with Bus.connect(server.url) as bus:
+        witness = Witness(bus)
+        async with Worker(bus, [handle], lease_s=LEASE_S):
+            await bus.publish(Deed(n=1))
+            await eventually(lambda: attempts)
+            await bus.publish(Deed(n=0))
+            lacks_memory(server)
+            await eventually(lambda: witness.of("verdict.failed"))
+            started_s, before = time.monotonic(), len(attempts)
+            await eventually(lambda: len(attempts) >= before + 10)
+            # Together with the dead letter each would have waited two seconds in the end.
+            assert time.monotonic() - started_s < 6
+            has_memory(server)
+
+
+async def test_a_handler_that_cannot_publish_uses_no_attempt(
+    private_server: PrivateServer, server_kind: str
+) -> None:
+    server = private_server(server_kind)
+    attempts: list[int] = []
+    is_full = asyncio.Event()
+
+    @event_handler(Deed, group=GROUP, max_attempts=2, breaker=None)
+    async def handle(event: Deed, delivery: Delivery[Deed]) -> None:
+        attempts.append(delivery.attempt)
+        if event.n == 2:
+            await is_full.wait()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(delivery.bus.publish(Rare(n=1)))
+
+    async with Bus.connect(server.url, publish_timeout_s=SHORT_S) as bus:
+        witness = Witness(bus)
+        await bus.publish(Rare(n=0))
+        async with Worker(bus, [handle], lease_s=LEASE_S) as worker:
+            await bus.publish(Deed(n=1))
+            await worker.drained()
+            assert attempts == [1]
+            attempts.clear()
+            await bus.publish(Deed(n=2))
+            lacks_memory(server)
+            is_full.set()
+            await eventually(lambda: len(witness.of("delivery.postponed")) >= 2)
+            has_memory(server)
+            await worker.drained()
+        assert set(attempts) == {1}
+        assert witness.of("delivery.dead_lettered") == []
