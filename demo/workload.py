@@ -1,8 +1,8 @@
 """What the demo's workers run: the application's handlers, each run put on record in Redis.
 
 `worker.py --handlers demo.workload` collects the handlers of this module. They differ from those
-of `handlers/` in three settings, for a demo that is over in time: shorter waits between attempts,
-a shorter time until a dead worker's entries are taken over, and the record.
+of `handlers/` in four settings, for a demo that is over in time: shorter waits between attempts and
+before a dead letter, a shorter time until a dead worker's entries are taken over, and the record.
 """
 
 import os
@@ -13,11 +13,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from bus import Backoff, Bus, Delivery, Event, Handler, event_handler
+from bus import Backoff, Breaker, Bus, Delivery, Event, Handler, event_handler
 from demo import records
 from handlers import events, indexing
 
 BACKOFF = Backoff(base_s=0.25, factor=2.0)  # five attempts in at most 3.75 s; the default takes 15
+BREAKER = Breaker(window_s=2.5, probe_s=1.25)  # a quarter of the default, as the waits are
 VISIBILITY_S = 5.0  # the default is 30; this is how long a killed worker's entries lie still
 
 PARENT_LOOK_S = 0.2
@@ -44,7 +45,12 @@ def recorded(handler: Handler[...]) -> Handler[...]:
         await pipeline.execute()
 
     return replace(
-        handler, call=run, takes_delivery=True, backoff=BACKOFF, visibility_s=VISIBILITY_S
+        handler,
+        call=run,
+        takes_delivery=True,
+        backoff=BACKOFF,
+        breaker=BREAKER,
+        visibility_s=VISIBILITY_S,
     )
 
 

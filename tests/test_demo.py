@@ -358,4 +358,5 @@ def test_the_workload_is_the_application_with_shorter_waits() -> None:
         assert handler.takes_delivery
         assert handler.visibility_s == workload.VISIBILITY_S
         assert handler.backoff is workload.BACKOFF
+        assert handler.breaker is workload.BREAKER
     assert workload.index.max_attempts == 5

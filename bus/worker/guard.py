@@ -129,7 +129,8 @@ class Guard:
         if self._stopping:
             return HAND_BACK
         if len(self._holding.condemned) >= BREAKER_MEMORY:
-            return verdict
+            # Thousands a second: rather tried once more than dead in what may be an outage.
+            return self._spare(delivery, verdict.error)
         delivery.condemned = verdict
         self._holding.condemned[delivery] = now + self._breaker.window_s
         return None

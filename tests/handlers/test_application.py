@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Backoff, Bus, Registry, Worker
+from bus import Backoff, Breaker, Bus, Registry, Worker
 from handlers import indexing, state
 from handlers.events import DOCUMENTS, DocumentIndexed, DocumentIndexFailed
 from handlers.services import AppService, DatasetService, DocumentService, MessageService
@@ -29,7 +29,7 @@ async def bus(url: str) -> AsyncIterator[Bus]:
 
 
 def quickly(handler: Handler[...]) -> Handler[...]:
-    return replace(handler, backoff=Backoff(base_s=0.01, factor=1.0))
+    return replace(handler, backoff=Backoff(base_s=0.01, factor=1.0), breaker=Breaker(window_s=0.2))
 
 
 async def work(bus: Bus) -> None:

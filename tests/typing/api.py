@@ -7,6 +7,7 @@ from typing import assert_type
 from bus import (
     Backlog,
     Backoff,
+    Breaker,
     Bus,
     DeadLettered,
     Delivery,
@@ -45,6 +46,7 @@ assert_type(hash(event), int)
 
 topic = Topic("typing", partitions=4)
 steady = Backoff(base_s=1, factor=1.0, max_s=60, jitter=0)
+patient = Breaker(failure_ratio=0.9, window_s=30, min_calls=5, probe_s=1)
 
 
 async def tell(dead: DeadLettered, bus: Bus) -> None:
@@ -56,7 +58,14 @@ async def tell(dead: DeadLettered, bus: Bus) -> None:
 
 
 @event_handler(
-    BookAdded, "typing.*", group="shelve", backoff=steady, timeout_s=2, start="now", on_dead=tell
+    BookAdded,
+    "typing.*",
+    group="shelve",
+    backoff=steady,
+    breaker=patient,
+    timeout_s=2,
+    start="now",
+    on_dead=tell,
 )
 async def shelve(event: BookAdded, delivery: Delivery[BookAdded]) -> None:
     """Take the event and its delivery."""

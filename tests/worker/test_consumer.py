@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Backoff, Bus, Delivery, Worker, event_handler
+from bus import Backoff, Breaker, Bus, Delivery, Worker, event_handler
 from bus.worker import reclaimer
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
@@ -262,6 +262,21 @@ async def test_suspects_run_one_at_a_time(bus: Bus, backend: Backend, witness: W
     assert max(len(s & suspects) for s in together) == 1
     assert max(len(s - suspects) for s in together) > 1, "the others are not held up"
     assert frozenset().union(*together) == set(range(12))
+
+
+async def test_room_that_was_kept_for_a_sweep_is_gone_once_the_circuit_is_open(bus: Bus) -> None:
+    """Reclaimed entries cannot be handed back: those of a sweep to come are for healthy workers."""
+
+    @event_handler(Asked, group="g", concurrency=16, breaker=Breaker(min_calls=1))
+    async def read(event: Asked) -> None: ...
+
+    (consumer,) = Worker(bus, [read])._consumers
+    assert consumer.reserve() == 8
+    assert consumer._circuit.failed(0.0, 0.0, 0)
+    consumer.shut()
+    assert (consumer.reserve(), consumer.wanted()) == (0, 0)
+    consumer._circuit.allow_probe(10.0)
+    assert consumer.reserve() == 1
 
 
 async def test_a_reclaimed_entry_above_its_attempts_is_dead_lettered_unseen(

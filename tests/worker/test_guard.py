@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import pytest
+
 from bus import Backoff, Breaker, event_handler
 from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Failure, Park, Verdict
 from bus.streams.codec import envelope_of
@@ -73,6 +75,15 @@ async def test_closed_it_lets_verdicts_pass_and_holds_the_last() -> None:
     assert one.judge(DEAD, 2) is None
     assert [d.entry_id for d in one.holding.condemned] == [b"2-0"]
     assert one.settled == []
+
+
+async def test_what_there_is_no_room_to_hold_is_tried_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bus.worker.guard.BREAKER_MEMORY", 2)
+    one = shop(min_calls=100)
+    assert [one.judge(DEAD, n) for n in range(3)] == [None, None, SPARED]
+    assert len(one.holding.condemned) == 2
 
 
 async def test_without_a_breaker_every_verdict_passes() -> None:
