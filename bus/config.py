@@ -23,6 +23,7 @@ SLACK_SHARE = 10  # ...at most a tenth of the room, so that small streams stand 
 RESERVE = 1_000  # entries above maxlen for what handlers publish, at least...
 RESERVE_SHARE = 20  # ...a twentieth of maxlen, if that is more
 ROOM_WAIT_S = 0.05  # longest pause between two looks for room: publishers resume within 100 ms
+OVERRUN_TOLD_S = 1.0  # drop_oldest deletes with every append; it is told no more often than this
 FULL_SHARE = 0.8  # of the room between keep and maxlen: then parked entries are moved aside
 UNSERVED_SHARE = 0.5  # of the room pinned by a group that nobody serves: an alert
 PRESSURE_S = 1.0  # how soon a worker notices that a stream is filling up

@@ -198,6 +198,7 @@ class Delivery(Generic[E_co]):
         "fields",
         "ordinals",
         "origin",
+        "parked",
         "received_at",
         "reclaimed",
         "settled",
@@ -221,6 +222,7 @@ class Delivery(Generic[E_co]):
         self.checked_at = checked_at  # loop time at which it was last known to be ours
         self.received_at = received_at  # loop time
         self.reclaimed = False  # taken from another worker, and not started here yet
+        self.parked = False  # taken from a lane
         self.condemned: DeadLetter | None = None  # decided, and held until no outage is in sight
         self.settled = False
         self.ordinals: dict[tuple[str, str], int] | None = None

@@ -152,8 +152,8 @@ class Publisher:
             await asyncio.wait(awaited, timeout=self._timeout_s)
         # What is left is waited for by nobody: callers that gave up, or were cancelled.
         tasks = [sender.task for sender in self._all_senders() if sender.task is not None]
-        for task in tasks:
-            task.cancel()
+        for sender in self._all_senders():
+            sender.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _encoded(

@@ -107,6 +107,12 @@ class Sender:
             self.task = loop.create_task(self._drain())
         return unit.future
 
+    def close(self) -> None:
+        """Stop sending, and tell what is yet to be told."""
+        if self.task is not None:
+            self.task.cancel()
+        self._shortage.tell_overrun()
+
     def awaited(self) -> list["asyncio.Future[tuple[str, int]]"]:
         """Return the futures that somebody waits for."""
         return [u.future for u in (*self._in_flight, *self._units) if not u.future.done()]
@@ -184,16 +190,16 @@ class Sender:
                 duration_s=duration_s,
             )
         tell_lost(self._telemetry, self._stream, where.room.lost)
-        for group, count in where.dropped.items():
-            self._telemetry.emit("delivery.overrun", stream=self._stream, group=group, count=count)
+        if where.dropped:
+            self._shortage.overrun(where.dropped)
         if taken is batch:
             if self._shortage.room is not None and not self._more_waits:
                 self._shortage.over()
         else:
             self._in_flight = []
             left = batch[where.units :]
-            if taken and not self.waits:
-                # What was taken may be trimmed or dropped already: the next call knows.
+            if not self.waits and (taken or where.dropped):
+                # What was taken may be trimmed or dropped already, or more may go: ask again.
                 self._units.extendleft(reversed(left))
             else:
                 self._found_no_room(left, where.room)
@@ -238,7 +244,12 @@ class Sender:
         # For as many as an append takes: for the first alone, room would come entry by entry.
         wanted = sum(u.events for u in islice(self._units, BATCH_EVENTS))
         wanted = max(min(wanted, BATCH_EVENTS), self._units[0].events)
-        room = await self._store.room(self._stream, self.limits, wanted)
+        try:
+            room = await self._store.room(self._stream, self.limits, wanted)
+        except BusError as error:
+            # Whether there is room is not known any more: callers are told what is.
+            self._trouble, self._shortage.room = error, None
+            raise
         tell_lost(self._telemetry, self._stream, room.lost)
         self._shortage.room = room
         fits = not self._units or room.entries >= self._units[0].events

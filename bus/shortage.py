@@ -1,8 +1,11 @@
 """That a stream has no room: what is known of it, and what callers and listeners are told."""
 
+import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from bus.config import OVERRUN_TOLD_S
 from bus.errors import StreamFull
 from bus.streams.answers import Room
 from bus.telemetry import Telemetry
@@ -11,7 +14,7 @@ from bus.telemetry import Telemetry
 class Shortage:
     """The last look for room in one stream that did not find enough; `room` is None after it."""
 
-    __slots__ = ("_since", "_stream", "_telemetry", "_told", "room")
+    __slots__ = ("_dropped", "_since", "_stream", "_telemetry", "_telling", "_told", "room")
 
     def __init__(self, stream: str, telemetry: Telemetry) -> None:
         self.room: Room | None = None
@@ -19,6 +22,8 @@ class Shortage:
         self._telemetry = telemetry
         self._told = False
         self._since = 0.0
+        self._dropped: Counter[str] = Counter()
+        self._telling: asyncio.TimerHandle | None = None
 
     def tell(self, room: Room) -> None:
         """Note that it is full, and say so, once until it is over."""
@@ -43,6 +48,28 @@ class Shortage:
             self._told = False
             full_s = time.perf_counter() - self._since
             self._telemetry.emit("publish.resumed", stream=self._stream, full_s=full_s)
+
+    def overrun(self, dropped: Mapping[str, int]) -> None:
+        """Tell by group how many entries were dropped unhandled, at most once a second.
+
+        At its cap such a stream drops with every append; the whole count is on the server.
+        """
+        self._dropped.update(dropped)
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(OVERRUN_TOLD_S, self.tell_overrun)
+            self._tell_dropped()
+
+    def tell_overrun(self) -> None:
+        """Tell what was not told yet, and again at once when more is dropped."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        self._tell_dropped()
+
+    def _tell_dropped(self) -> None:
+        for group, count in self._dropped.items():
+            self._telemetry.emit("delivery.overrun", stream=self._stream, group=group, count=count)
+        self._dropped.clear()
 
     def error(self, most: int) -> StreamFull:
         """Return what a caller is told; each its own, since callers may add notes to it."""

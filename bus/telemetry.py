@@ -78,6 +78,11 @@ EVENTS: dict[str, Emitted] = {
     "delivery.moved": Emitted(
         _I, ("stream", "group", "count"), "parked entries of a filling stream, into the inbox"
     ),
+    "inbox.full": Emitted(
+        _E,
+        ("stream", "group"),
+        "so many parked entries were moved aside that the next ones hold up the stream again",
+    ),
     "delivery.handed_back": Emitted(
         _I, ("stream", "group", "count"), "given up unstarted, for any worker to take"
     ),

@@ -5,6 +5,7 @@ lets the reader find them without building a dict; entries written by others may
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
@@ -198,23 +199,43 @@ class Moved(NamedTuple):
 
 
 _INBOX_FIELDS = frozenset([b"origentry", b"attempts", b"due", b"run"])
+_ENTRY_ID = re.compile(rb"\d{1,15}(-\d{1,20})?")
 
 
 def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
-    """Read the fields that an entry of an inbox has besides its own; what is missing is nothing."""
-    found = dict(zip(fields[-2::-2], fields[-1::-2], strict=False))
+    """Read the fields that an entry of an inbox has besides its own; what is missing is nothing.
+
+    They were appended: the last of equal names counts, the entry may have had such a field before.
+    """
+    found = dict(zip(fields[::2], fields[1::2], strict=False))
 
     def number(name: bytes) -> int:
         digits = found.get(name, b"0")
         return int(digits) if digits.isdigit() and len(digits) < 16 else 0  # noqa: PLR2004 - of ms
 
-    return Moved(found.get(b"origentry", entry_id), number(b"attempts"), number(b"due"))
+    origin = found.get(b"origentry", entry_id)
+    if not _ENTRY_ID.fullmatch(origin):
+        origin = entry_id
+    return Moved(origin, number(b"attempts"), number(b"due"))
 
 
 def without_inbox_fields(fields: list[bytes]) -> list[bytes]:
-    """Return the fields that the entry had before it was put into an inbox."""
-    pairs = zip(fields[::2], fields[1::2], strict=True)
-    return [word for name, value in pairs if name not in _INBOX_FIELDS for word in (name, value)]
+    """Return the fields that the entry had before it was put into an inbox.
+
+    Those that were appended are the last, and each is there once: what comes before is its own.
+    """
+    end, met = len(fields), set[bytes]()
+    while end and (name := fields[end - 2]) in _INBOX_FIELDS and name not in met:
+        met.add(name)
+        end -= 2
+    return fields[:end]
+
+
+def original_id(delivery: Delivery[Any]) -> bytes:
+    """Return the id that the entry has in its stream, or had before it was put into an inbox."""
+    if delivery.origin.stream == delivery.origin.home:
+        return delivery.entry_id
+    return moved(delivery.entry_id, delivery.fields).origin
 
 
 def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope:
@@ -260,10 +281,7 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope
 
 def envelope_of(delivery: Delivery[Any]) -> Envelope:
     """Make the envelope of a delivery. Errors: Undecodable."""
-    origin, entry_id = delivery.origin, delivery.entry_id
-    if origin.stream != origin.home:
-        entry_id = moved(entry_id, delivery.fields).origin
-    return open_envelope(origin.home, entry_id, delivery.fields)
+    return open_envelope(delivery.origin.home, original_id(delivery), delivery.fields)
 
 
 def _time(text: str | None, entry_id: bytes) -> datetime:

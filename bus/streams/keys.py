@@ -5,6 +5,7 @@
     bus:{document:0}:dead:<group>       stream: the group's dead letters
     bus:{document:0}:inbox:<group>      stream: entries for that one group, deleted when acked
     bus:{document:0}:lease:<consumer>   string, expires: that worker is alive
+    bus:{document:0}:overrun            hash: group -> entries dropped that it had not handled
     bus:{document:0}:workers            set: consumers that keep a lease
     bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
     bus:{document:0}:chore:<name>       string, expires: whose turn that chore is
@@ -76,6 +77,11 @@ def sweep(stream_key: str, groups: Iterable[str]) -> str:
 def chore(stream_key: str, name: str) -> str:
     """Return the key of the lease on one of a partition's chores: `room` or `retention`."""
     return f"{home(stream_key)}:chore:{name}"
+
+
+def overrun(stream_key: str) -> str:
+    """Return the key of the counts of what `on_full="drop_oldest"` took from groups unhandled."""
+    return f"{home(stream_key)}:overrun"
 
 
 def producer(stream_key: str, publisher: str) -> str:

@@ -8,7 +8,7 @@ AuthenticationFailed. Who calls decides what to do about it.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bus.config import PRODUCER_MEMORY_S
+from bus.config import BATCH_BYTES, PRODUCER_MEMORY_S
 from bus.streams import keys
 from bus.streams.answers import (
     Appended,
@@ -80,7 +80,7 @@ class StreamStore:
         args += (drop, len(units), events)
         for unit in units:
             args += unit
-        target = (stream, keys.producer(stream, publisher))
+        target = (stream, keys.producer(stream, publisher), keys.overrun(stream))
         reply = await _append.run(self._publishing, target, args, timeout_s)
         first, added, taken, repeated, left, *looked = reply
         pinned, lost, dropped = looked or ((), (), ())
@@ -276,11 +276,17 @@ class StreamStore:
 
     # --- making room
 
-    async def move_parked(self, stream: str, group: str, most: int) -> tuple[int, list[str]]:
-        """Move a group's oldest parked entries to its inbox; return how many, and ghosts met."""
-        target = (stream, keys.inbox(stream, group))
-        moved, lost = await _move_parked.run(self.commands, target, [keys.wire(group), most])
-        return moved, [i.decode() for i in lost]
+    async def move_parked(
+        self, stream: str, group: str, most: int, most_in_inbox: int
+    ) -> tuple[int, list[str], bool]:
+        """Move a group's oldest parked entries to its inbox, at most `most` and about 1 MiB.
+
+        Returns how many, ghosts met, and whether the inbox is full. `move_parked.lua`.
+        """
+        target = (stream, keys.wire(keys.inbox(stream, group)))
+        args: list[Arg] = [keys.wire(group), most, most_in_inbox, BATCH_BYTES]
+        moved, lost, full = await _move_parked.run(self.commands, target, args)
+        return moved, [i.decode() for i in lost], bool(full)
 
     async def retain(self, stream: str, retention_ms: int) -> tuple[int, dict[str, list[str]]]:
         """Trim what is older than `retention_ms` and needed by nobody, about 5,000 at a time.

@@ -11,7 +11,7 @@ writes; here is only who runs when.
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ from bus.streams.codec import envelope_of
 from bus.streams.keys import home
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from bus.worker.circuit import Circuit
+from bus.worker.demand import Demand
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
 from bus.worker.guard import Guard
 from bus.worker.hand import Hand, Holding, names_of
@@ -52,6 +54,7 @@ class Consumer:
         concurrency: int,
         lease_s: float,
         turn: Turn,
+        crowded: Container[str] = (),
     ) -> None:
         self.handler = handler
         self.group = handler.group
@@ -68,8 +71,19 @@ class Consumer:
         self._executor = Executor(handler)
         self.holding = Holding(store, handler.group, name, telemetry)
         self.hands = self.holding.hands
+        self._circuit = Circuit(handler.breaker, concurrency)
+        self._pace = Pace()
+        self._demand = Demand(
+            concurrency, self.holding, self._circuit, self._pace, lambda: self._settler.is_behind
+        )
+        self._demand.turn_given = lambda: self.turn_given(self)
         self._retries = PromptRetries(
-            store, name, telemetry, self._free, self.deliver, self._outcome_unknown
+            store,
+            name,
+            telemetry,
+            self._demand.parked,
+            self.deliver,
+            self._outcome_unknown,
         )
         self._settler = Settler(
             store,
@@ -81,8 +95,16 @@ class Consumer:
             dead_letter_maxlen=handler.dead_letter_maxlen or 0,
         )
         refunds = Refunds(store, self.group, self.hands, telemetry)
-        self._guard = Guard(handler, self, self.holding, self._settler.settle, refunds, telemetry)
-        self._circuit = self._guard.circuit
+        self._guard = Guard(
+            handler,
+            self._circuit,
+            self,
+            self.holding,
+            self._settler.settle,
+            refunds,
+            telemetry,
+            crowded=crowded,
+        )
         self._suspects = Suspects(store, name, self.holding, telemetry, self._outcome_unknown)
         self.intake = Intake(
             store,
@@ -95,14 +117,10 @@ class Consumer:
         )
         self._slots = [Slot() for _ in range(concurrency)]
         self._idle: deque[asyncio.Future[None]] = deque()
-        self._running = 0
-        self._reserved = 0
-        self._wants_turn = False
         self._stopping = False
         self._closing = False
         self.returned = 0  # calls of the handler that returned; one addition for each, see Circuit
         self._ended_otherwise = 0
-        self._pace = Pace()
 
     # --- life
 
@@ -132,7 +150,7 @@ class Consumer:
 
     async def stop_reading(self, intake: "asyncio.Task[None]") -> int:
         """Stop reading and hand back what has not started; return how many that were."""
-        self._stopping = True
+        self._stopping = self._demand.stopping = True
         self._retries.stop()
         await self.intake.stop(intake)
         await self._retries.finish()
@@ -149,7 +167,7 @@ class Consumer:
 
     async def calls_ended(self) -> None:
         """Wait until no handler runs."""
-        while self._running:  # noqa: ASYNC110 - at stop only
+        while self._demand.running:  # noqa: ASYNC110 - at stop only
             await asyncio.sleep(0.002)
 
     async def verdicts_applied(self) -> None:
@@ -188,6 +206,7 @@ class Consumer:
     def deliver(self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool = False) -> int:
         """Take entries moved here by a script sent at `asked_at`, before the new ones."""
         count = self.holding.add_taken(hand, taken, asked_at, reclaimed=reclaimed)
+        self._circuit.took(count)
         self._came_in(count)
         return count
 
@@ -208,44 +227,22 @@ class Consumer:
 
     # --- how much is wanted
 
-    def _free(self) -> int:
-        if self._stopping or self._settler.is_behind:
-            return 0
-        free = max(0, self.concurrency - self._running - self.holding.waiting)
-        if self._circuit.is_open:  # something for the probe, if there is nothing yet
-            return 0 if self._circuit.blocked or self.holding.waiting else min(1, free)
-        return free
+    @property
+    def is_probing(self) -> bool:
+        """Whether only a probe is wanted: what was never tried, before what failed."""
+        return self._circuit.is_open
 
     def wanted(self) -> int:
-        """Entries to ask for: the free slots, or what they do in IN_HAND_S if that is more."""
-        if self._settler.is_behind:
-            return 0
-        if self._circuit.is_open:
-            room = self._free()
-        else:
-            busy = self._running
-            room = max(self.concurrency - busy, self._pace.ahead) - len(self.holding.buffer)
-        if room > 0 and self._wants_turn:
-            self._wants_turn = False
-            self._reserved = max(1, room // 2)
-            self.turn_given(self)
-        return room - self._reserved
+        """Return how many new entries to ask for."""
+        return self._demand.new()
 
     def reserve(self) -> int:
-        """Return how many due or orphaned entries may be taken: half the free slots, at least one.
-
-        0 when none is free: then the next one that becomes free is kept and `turn_given` called.
-        What was reserved is given back by `release`.
-        """
-        if not self._reserved:
-            free = self._free()
-            self._wants_turn = not free and not self._stopping
-            self._reserved = max(1, free // 2) if free else 0
-        return self._reserved
+        """Return how many due or orphaned entries may be taken, until `release`."""
+        return self._demand.reserve()
 
     def release(self) -> None:
         """Give the reserved slots back to the intake."""
-        self._reserved = 0
+        self._demand.release()
         self.intake.look_again()
 
     def _hand_back(self, chosen: Callable[[Delivery[Any]], bool]) -> int:
@@ -259,7 +256,7 @@ class Consumer:
 
     def shut(self) -> None:
         """Give up what waits: the circuit has opened. What was reclaimed stays, for the probes."""
-        self._reserved = 0
+        self._demand.release()
         self._hand_back(lambda _: True)
 
     def look_again(self) -> None:
@@ -276,6 +273,7 @@ class Consumer:
     async def _slot(self, slot: Slot) -> None:
         clock = asyncio.get_running_loop().time
         buffer, turn, circuit = self.holding.buffer, self._turn, self._circuit
+        demand = self._demand
         has_run = False
         while True:
             if not buffer or circuit.blocked:
@@ -299,7 +297,7 @@ class Consumer:
                 buffer.appendleft(delivery)
                 await self.holding.check(self._unchecked_s)
                 continue
-            self._running += 1
+            demand.running += 1
             try:
                 if circuit.is_open:
                     await self._probe(slot, delivery, now)
@@ -308,7 +306,7 @@ class Consumer:
                 else:
                     await self._handle(slot, delivery, now)
             finally:
-                self._running -= 1
+                demand.running -= 1
             if self.intake.waits and len(buffer) <= self._pace.low_water:
                 self.intake.look_again()
 
@@ -336,6 +334,8 @@ class Consumer:
         if verdict is ACK:
             self.returned += 1
             self._settler.ack(delivery)
+            if self._circuit.on_probation:
+                self._circuit.vouch(now, parked=delivery.parked)
         elif (judged := self._guard.judge(delivery, verdict, now)) is not None:
             await self._settle(slot, delivery, judged)
         return verdict
@@ -436,10 +436,9 @@ class Consumer:
             for slot in self._slots:
                 if slot.started_at and now - max(slot.started_at, slot.cancelled_at) >= limit_s:
                     self._time_out(slot, now)
-        all_busy = self._running >= self.concurrency
         if (
             self.holding.buffer
-            and all_busy
+            and self._demand.all_busy
             and self._hand_back(lambda d: now - d.received_at > WAITED_S and d.condemned is None)
         ):
             self._pace.forget()

@@ -34,7 +34,7 @@ from bus.delivery import (
 from bus.errors import PublishRefused, Reject, RetryLater, StreamFull, Undecodable, UnknownEventType
 from bus.event import Event, EventInfo, newest_version
 from bus.handler import Handler
-from bus.streams.codec import Located, decode, info_for, locate, plain_entry
+from bus.streams.codec import Located, decode, info_for, locate, original_id, plain_entry
 
 _TEXT_BYTES = 2_000  # of an error's message kept in a dead letter
 _TRACEBACK_BYTES = 8_000
@@ -145,7 +145,7 @@ class Executor:
         assert located.type is not None
         if newest_version(located.type.decode()) > int(located.version or 1):
             return DeadLetter("undecodable", failure_of(error))
-        age_s = time.time() - int(delivery.entry_id.partition(b"-")[0]) / 1000
+        age_s = time.time() - int(original_id(delivery).partition(b"-")[0]) / 1000
         if age_s > UNKNOWN_TYPE_MAX_AGE_S:
             return DeadLetter("newer-version", failure_of(error))
         return Park(UNKNOWN_TYPE_PARK_S, reason=str(error))

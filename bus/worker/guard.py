@@ -12,7 +12,7 @@ read it. Held is in hand: renewed, its owner's, and with the next worker if this
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, Protocol
 
 from bus.config import BREAKER_MEMORY
@@ -42,13 +42,17 @@ class Guard:
     def __init__(
         self,
         handler: Handler[...],
+        circuit: Circuit,
         guarded: Guarded,
         holding: Holding,
         settle: Callable[[Hand, Delivery[Any], Verdict], None],
         refunds: Refunds,
         telemetry: Telemetry,
+        *,
+        crowded: Container[str] = (),
     ) -> None:
-        self.circuit = Circuit(handler.breaker)
+        self.circuit = circuit
+        self._crowded = crowded  # streams that are nearly full, see Pressure
         self._handler = handler
         self._breaker = handler.breaker
         self._guarded = guarded
@@ -66,7 +70,8 @@ class Guard:
         if failure is None or self._breaker is None:
             return verdict
         now = asyncio.get_running_loop().time()
-        if self.circuit.failed(now, started_at, self._guarded.returned):
+        event = (delivery.origin.home, delivery.entry_id)
+        if self.circuit.failed(now, started_at, self._guarded.returned, event):
             self._open()
             return self._spare(delivery, failure)
         if self.circuit.is_open or self.circuit.is_past(started_at):
@@ -109,10 +114,7 @@ class Guard:
         self._refunds.owe(circuit.window_began)
         released = [d for d in self._holding.buffer if d.condemned is not None]
         for delivery in (*self._holding.condemned, *released):
-            assert delivery.condemned is not None
-            spared = self._spare(delivery, delivery.condemned.error)
-            self._holding.pardon(delivery)
-            self._settle(self._holding.of(delivery), delivery, spared)
+            self._spare_condemned(delivery)
         self._guarded.shut()
 
     def _close(self) -> None:
@@ -128,19 +130,32 @@ class Guard:
         assert self._breaker is not None
         if self._stopping:
             return HAND_BACK
-        if len(self._holding.condemned) >= BREAKER_MEMORY:
-            # Thousands a second: rather tried once more than dead in what may be an outage.
+        full = len(self._holding.condemned) >= BREAKER_MEMORY
+        if full or delivery.origin.stream in self._crowded:
+            # Rather tried once more than dead in what may be an outage. In a lane it can be moved
+            # aside; held here it would hold up a stream that is nearly full.
             return self._spare(delivery, verdict.error)
         delivery.condemned = verdict
-        self._holding.condemned[delivery] = now + self._breaker.window_s
+        self._holding.condemned[delivery] = now + self.circuit.reach_s
         return None
+
+    def _spare_crowding(self) -> None:
+        """Let go of what is held of streams that have filled up since."""
+        for delivery in [d for d in self._holding.condemned if d.origin.stream in self._crowded]:
+            self._spare_condemned(delivery)
+
+    def _spare_condemned(self, delivery: Delivery[Any]) -> None:
+        assert delivery.condemned is not None
+        spared = self._spare(delivery, delivery.condemned.error)
+        self._holding.pardon(delivery)
+        self._settle(self._holding.of(delivery), delivery, spared)
 
     def _release(self, now: float) -> None:
         """Give a slot the held ones for which the window has passed."""
         condemned = self._holding.condemned
         due = 0
         while condemned:
-            delivery = next(iter(condemned))  # the oldest; all are held for the same time
+            delivery = next(iter(condemned))  # the oldest; later ones are seldom due before it
             if condemned[delivery] > now:
                 break
             del condemned[delivery]
@@ -159,6 +174,7 @@ class Guard:
         if self.circuit.allow_probe(now):
             self._guarded.look_again()
         if self._holding.condemned:
+            self._spare_crowding()
             self._release(now)
         self._refunds.look_after(now)
 

@@ -48,6 +48,7 @@ class Hand(Origin):
     away: verdicts other than acks that are on their way. acks_pause, parks_pause, dead_pause: after
         the server refused some. singly: send dead letters one by one, since it refused one for what
         it is.
+    unburied: ids that found the dead letters full, until they are buried: their on_dead was told.
     Nothing in any of them is taken up a second time by recovery or reclaim.
     """
 
@@ -62,6 +63,7 @@ class Hand(Origin):
     parks_pause: Pause = field(default_factory=Pause)
     dead_pause: Pause = field(default_factory=Pause)
     singly: bool = False
+    unburied: set[bytes] = field(default_factory=set)
 
     @property
     def is_inbox(self) -> bool:
@@ -161,6 +163,7 @@ class Holding:
                 count = max(count, moved(entry_id, fields).attempts + 1)  # noqa: PLW2901
             delivery: Delivery[Any] = Delivery(hand, entry_id, fields, count, asked_at, now)
             delivery.reclaimed = reclaimed
+            delivery.parked = not reclaimed
             hand.held[entry_id] = delivery
             self.buffer.appendleft(delivery)
         if taken.lost:

@@ -19,6 +19,9 @@ from bus.telemetry import Telemetry
 from bus.worker.hand import Hand
 
 _STOP_PATIENCE_S = 1.0  # beyond BLOCK, for a server that does not answer
+# How often reads that do not block list the inboxes that were empty: seldom enough to cost nothing
+# beside the reads themselves, also with a thousand of them, and as prompt as anybody can see.
+_IDLE_INBOXES_S = 0.05
 
 
 class Basket(Protocol):
@@ -60,7 +63,10 @@ class Intake:
         self._stopping = asyncio.Event()
         self._room: asyncio.Future[None] | None = None
         self._cursor = 0  # where the next look at a few streams begins
+        self._listed: tuple[list[str], list[str]] | None = None  # streams, inboxes; None: look
+        self._listed_of = 0  # hands when that was listed
         self._busy_inboxes: set[str] = set()  # those that had something when last looked at
+        self._idle_listed_at = float("-inf")  # loop time at which the others were read, too
         self._found_nothing = 0  # streams that had nothing, since one had
         self.unseen = False  # the server may have delivered what we never saw
         self.broken: set[str] = set()  # streams whose key holds something else
@@ -123,11 +129,11 @@ class Intake:
             except BusError:
                 self.unseen = True
                 raise
-        streams = [s for s in self._hands if s not in self.broken]
+        streams, inboxes = self._sound()
         count = self._basket.wanted()
         if self._stopping.is_set():
             return
-        if count <= 0 or not streams:
+        if count <= 0 or not (streams or inboxes):
             self._room = asyncio.get_running_loop().create_future()
             await self._room
             self._room = None
@@ -135,19 +141,23 @@ class Intake:
         block_ms = self._block_ms
         # An inbox is nearly always empty: it is listed, but gets a share of the count only when it
         # had something the last time.
-        likely = [s for s in streams if not self._hands[s].is_inbox or s in self._busy_inboxes]
-        idle = [s for s in streams if s not in likely]
+        likely = [*streams, *self._busy_inboxes] or inboxes
         if count < len(likely) and self._found_nothing < len(likely):
             likely, block_ms = self._next_few(likely, count), 0
         by_bytes = int(READ_BYTES / self._entry_bytes / len(likely)) or 1
         per_stream = min(-(-count // len(likely)), by_bytes, READ_COUNT)
         sent_at = asyncio.get_running_loop().time()
+        idle: list[str] = []
+        if block_ms or sent_at - self._idle_listed_at >= _IDLE_INBOXES_S:
+            chosen = self._busy_inboxes.union(likely)
+            idle = [s for s in inboxes if s not in chosen]
+            self._idle_listed_at = sent_at
         replies = await self._reader.read(
             self._group, self._consumer, [*likely, *idle], per_stream, block_ms
         )
         self._found_nothing = 0 if replies else self._found_nothing + len(likely)
-        self._busy_inboxes -= set(likely)
-        self._busy_inboxes |= {s for s, _ in replies if self._hands[s].is_inbox}
+        self._busy_inboxes.difference_update(likely)
+        self._busy_inboxes.update(s for s, _ in replies if self._hands[s].is_inbox)
         total = 0
         for stream, entries in replies:
             total += len(entries)
@@ -157,6 +167,18 @@ class Intake:
             self._entry_bytes += (size - self._entry_bytes) * 0.2
         if total:
             self._telemetry.emit("read.received", group=self._group, count=total)
+
+    def _sound(self) -> tuple[list[str], list[str]]:
+        """Return the streams and the inboxes to read; listed anew when some were added or broke."""
+        if self._listed is None or self._listed_of != len(self._hands):
+            hands = [h for s, h in self._hands.items() if s not in self.broken]
+            self._listed = (
+                [h.stream for h in hands if not h.is_inbox],
+                [h.stream for h in hands if h.is_inbox],
+            )
+            self._listed_of = len(self._hands)
+            self._busy_inboxes.intersection_update(self._listed[1])
+        return self._listed
 
     def _next_few(self, streams: list[str], count: int) -> list[str]:
         """Return the next `count` streams in turn, to be looked at without blocking.
@@ -219,6 +241,7 @@ class Intake:
             if kind not in (b"stream", b"none"):
                 if stream not in self.broken:
                     self.broken.add(stream)
+                    self._listed = None
                     self._telemetry.emit(
                         "stream.broken",
                         stream=stream,
@@ -227,6 +250,7 @@ class Intake:
                     )
             elif stream in self.broken:
                 self.broken.discard(stream)
+                self._listed = None
                 self._telemetry.emit("stream.mended", stream=stream, group=self._group)
                 self.look_again()
 

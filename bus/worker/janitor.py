@@ -152,9 +152,7 @@ class Janitor:
         """Tell of those that pin half of the room or more; once, until they pin less again."""
         records = self._records
         lengths = zip(records, await self._store.lengths(list(records)), strict=True)
-        high = [
-            s for s, n in lengths if share_used(records[s], records[s].maxlen - n) >= UNSERVED_SHARE
-        ]
+        high = [s for s, n in lengths if share_used(records[s], n) >= UNSERVED_SHARE]
         pinning = set()
         for stream, group, share in await self._unserved(high):
             if share >= UNSERVED_SHARE:

@@ -39,11 +39,13 @@ def plan(
     *,
     look_at_idle: bool,
     judge_leases: bool = True,
+    untried_first: bool = False,
 ) -> Plan:
     """Decide what to take. Liveness is the lease; idle time only judges single entries.
 
     place: (stream or inbox, group).
     judge_leases: whether a missing lease means a dead worker; see `Lease.others_can_be_judged`.
+    untried_first: take what was handed back, unstarted, before what has failed.
     look_at_idle: also ask workers that are alive, or that keep no lease (other languages), for
     entries that nobody renewed for `visibility_ms`. XINFO's idle times of consumers are not
     used: they mean different things before and after 7.2.
@@ -55,7 +57,8 @@ def plan(
         if due_ms is not None:
             if due_ms <= survey.now_ms:
                 # What was handed back (lane 0) is as old as a second: it must not starve retries.
-                lanes.append((due_ms or survey.now_ms - 1000, consumer.name))
+                handed_back_ms = 0 if untried_first else survey.now_ms - 1000
+                lanes.append((due_ms or handed_back_ms, consumer.name))
         elif consumer.pending == 0:
             continue
         elif consumer.name in survey.listed - survey.alive and consumer.name != me:
@@ -208,6 +211,7 @@ class Reclaimer:
                 int(visibility_s * 1000),
                 look_at_idle=look_at_idle,
                 judge_leases=judges,
+                untried_first=consumer.is_probing,
             )
             left = await self._take(consumer, hand, todo, room[consumer])
             room[consumer] = left

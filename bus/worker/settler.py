@@ -4,7 +4,7 @@ A repeat does no harm: every script checks that the entries are still this worke
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdic
 from bus.errors import BusError
 from bus.shortage import tell_lost
 from bus.streams.answers import Buried
-from bus.streams.codec import moved, without_inbox_fields
+from bus.streams.codec import original_id, without_inbox_fields
 from bus.streams.connection import Arg, ConnectionLost
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
@@ -24,7 +24,9 @@ from bus.worker.hand import Hand, Pause, chunks, names_of, texts
 
 BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
 _MOST_VALUES = 2_000  # field names and values of one entry
-_BODIES_PER_CALL = 50  # dead letters carry their bodies
+_BODIES_PER_CALL = 50  # dead letters carry their bodies...
+_BYTES_PER_CALL = 1024 * 1024  # ...and copying many large ones would keep the server from others
+_UNBURIED = 10_000  # ids without room that are remembered per stream; beyond it all are forgotten
 _NO_ROOM = Park(DEAD_LETTERS_FULL_PARK_S, reason="the dead letters are full")
 Parked = Callable[[Hand, bytes, bytes, float], None]
 
@@ -50,6 +52,7 @@ class Settler:
         self._parked = parked  # told (hand, lane, entry id, delay_s) of each entry that will be due
         self._dead_letter_maxlen = dead_letter_maxlen  # of one partition; 0 for no limit
         self._relieved = relieved  # told when verdicts have gone, so that reading may go on
+        self._loaded: set[Hand] = set()  # those with verdicts, waiting or on their way
         self._wanted: asyncio.Future[None] | None = None
         self._doubtful: set[tuple[str, bytes]] = set()  # sent, and the reply was lost
         self._applying = False
@@ -58,15 +61,14 @@ class Settler:
     @property
     def has_work(self) -> bool:
         """Whether a verdict is not yet with the server."""
-        return self._applying or any(h.has_verdicts for h in self._hands.values())
+        return self._applying or bool(self._loaded)
 
     @property
     def is_behind(self) -> bool:
         """Whether so many verdicts wait that nothing more should be read for now."""
-        hands = self._hands.values()
         return any(
             len(h.acks) + len(h.acking) > BEHIND or len(h.parks) + len(h.dead) + h.away > READ_COUNT
-            for h in hands
+            for h in self._loaded
         )
 
     def ack(self, delivery: Delivery[Any]) -> None:
@@ -75,6 +77,7 @@ class Settler:
         hand: Hand = delivery.origin  # type: ignore[assignment] # deliveries of a worker have one
         hand.held.pop(delivery.entry_id, None)
         hand.acks.append(delivery.entry_id)
+        self._loaded.add(hand)
         self._wake()
 
     def settle(self, hand: Hand, delivery: Delivery[Any], verdict: Verdict) -> None:
@@ -88,13 +91,14 @@ class Settler:
             hand.dead.append((delivery, verdict))
         else:
             hand.parks.append((delivery, verdict))
+        self._loaded.add(hand)
         self._wake()
 
     async def run(self) -> None:
         """Apply verdicts until closed and empty."""
         loop = asyncio.get_running_loop()
         while self.has_work or not self._closing:
-            ready = [h for h in self._hands.values() if self._is_ready(h, loop.time())]
+            ready = [h for h in self._loaded if self._is_ready(h, loop.time())]
             if not ready:
                 await self._wait(loop.time())
                 continue
@@ -103,6 +107,7 @@ class Settler:
                 done = await asyncio.gather(*(self._apply(h) for h in ready))
             finally:
                 self._applying = False
+                self._loaded.difference_update([h for h in ready if not h.has_verdicts])
             self._relieved()
             if not all(done) and self._closing:
                 return
@@ -115,8 +120,7 @@ class Settler:
         self._wanted = asyncio.get_running_loop().create_future()
         timeout_s = None
         if self.has_work:
-            hands = self._hands.values()
-            pauses = [p.until for h in hands for _, p in _kinds(h)]
+            pauses = [p.until for h in self._loaded for _, p in _kinds(h)]
             timeout_s = max(0.001, min((p - now for p in pauses if p > now), default=0.001))
         await asyncio.wait([self._wanted], timeout=timeout_s)
         self._wanted = None
@@ -184,7 +188,7 @@ class Settler:
         dead, hand.dead = hand.dead, []
         hand.away = len(dead)
         ok, refused = True, False
-        for letters in chunks(dead, 1 if hand.singly else _BODIES_PER_CALL):
+        for letters in portions(dead, 1 if hand.singly else _BODIES_PER_CALL):
             ids = [d.entry_id for d, _ in letters]
             if not ok or not await self._attempt(
                 hand, ids, partial(self._dead_letter, hand, letters)
@@ -193,19 +197,20 @@ class Settler:
                 # One that is refused for what it is stops only itself, once they go singly.
                 refused = refused or hand.singly
                 ok = ok and hand.singly
-        for delivery, _ in hand.parks:  # those for which the dead letters had no room are held on
-            hand.held.setdefault(delivery.entry_id, delivery)
         hand.away = 0
         hand.singly = hand.singly and bool(hand.dead)
         hand.dead_pause.after(ok=ok and not refused)
         return ok and not refused
 
     async def _attempt(
-        self, hand: Hand, ids: Sequence[bytes], apply: Callable[[], Awaitable[None]]
+        self, hand: Hand, ids: Sequence[bytes], apply: Callable[[], Awaitable[Collection[bytes]]]
     ) -> bool:
-        """Apply verdicts; True when they are over and done with, or the group itself is gone."""
+        """Apply verdicts; True when they are over and done with, or the group itself is gone.
+
+        `apply` returns the ids that stay in hand all the same, for another verdict.
+        """
         try:
-            await apply()
+            staying = await apply()
         except BusError as error:
             hand.singly = False
             if isinstance(error, ReplyError):
@@ -226,7 +231,7 @@ class Settler:
                 error=str(error),
             )
             return False
-        self._forget(hand, ids)
+        self._forget(hand, ids, staying)
         return True
 
     async def _stream_is_gone(self, hand: Hand, error: ReplyError) -> bool:
@@ -238,22 +243,26 @@ class Settler:
         except BusError:
             return False
 
-    def _forget(self, hand: Hand, ids: Sequence[bytes]) -> None:
+    def _forget(self, hand: Hand, ids: Sequence[bytes], staying: Collection[bytes] = ()) -> None:
         for entry_id in ids:
-            hand.held.pop(entry_id, None)
+            if entry_id not in staying:
+                hand.held.pop(entry_id, None)
             self._doubtful.discard((hand.stream, entry_id))
 
     def _came_through(self, hand: Hand, entry_id: bytes) -> bool:
         """Whether a refused verdict was in truth applied, by an attempt whose reply was lost."""
         return (hand.stream, entry_id) in self._doubtful
 
-    async def _ack(self, hand: Hand, ids: list[bytes]) -> None:
+    async def _ack(self, hand: Hand, ids: list[bytes]) -> Collection[bytes]:
         refused = await self._store.ack(hand.stream, hand.group, self._consumer, ids)
         late = sum(not self._came_through(hand, i) for i in refused)
         self._emit("delivery.acked", hand, count=len(ids) - late)
         self._tell_refused(hand, late, "ack")
+        return ()
 
-    async def _park(self, hand: Hand, part: list[tuple[Delivery[Any], Park | HandBack]]) -> None:
+    async def _park(
+        self, hand: Hand, part: list[tuple[Delivery[Any], Park | HandBack]]
+    ) -> Collection[bytes]:
         entries = [(d.entry_id, *_delay_and_count(d, v)) for d, v in part]
         lanes = await self._store.park(hand.stream, hand.group, self._consumer, entries)
         refused = handed_back = 0
@@ -271,18 +280,23 @@ class Settler:
         self._tell_refused(hand, refused, "park")
         if handed_back:
             self._emit("delivery.handed_back", hand, count=handed_back)
+        return ()
 
-    async def _dead_letter(self, hand: Hand, part: list[tuple[Delivery[Any], DeadLetter]]) -> None:
+    async def _dead_letter(
+        self, hand: Hand, part: list[tuple[Delivery[Any], DeadLetter]]
+    ) -> Collection[bytes]:
         entries = [(d.entry_id, _dead_fields(d, v)) for d, v in part]
         answers = await self._store.dead_letter(
             hand.stream, hand.group, self._consumer, self._dead_letter_maxlen, entries
         )
-        refused = full = 0
+        refused = 0
+        full: set[bytes] = set()
         for (delivery, verdict), done in zip(part, answers, strict=True):
             if done is Buried.FULL:
-                full += 1
+                full.add(delivery.entry_id)
                 hand.parks.append((delivery, _NO_ROOM))
                 continue
+            hand.unburied.discard(delivery.entry_id)
             if done is Buried.REFUSED and not self._came_through(hand, delivery.entry_id):
                 refused += 1
                 continue
@@ -296,7 +310,11 @@ class Settler:
             )
         self._tell_refused(hand, refused, "dead_letter")
         if full:
-            self._emit("dead_letters.full", hand, count=full, maxlen=self._dead_letter_maxlen)
+            if len(hand.unburied) + len(full) > _UNBURIED:
+                hand.unburied.clear()  # others may have buried those long since
+            hand.unburied |= full
+            self._emit("dead_letters.full", hand, count=len(full), maxlen=self._dead_letter_maxlen)
+        return full
 
     # --- telling
 
@@ -335,6 +353,23 @@ def _kinds(hand: Hand) -> tuple[tuple[Sequence[Any], Pause], ...]:
     )
 
 
+def portions(
+    letters: Sequence[tuple[Delivery[Any], DeadLetter]], most: int
+) -> Iterator[list[tuple[Delivery[Any], DeadLetter]]]:
+    """Cut dead letters into calls: at most `most` and about `_BYTES_PER_CALL`, but one at least."""
+    portion: list[tuple[Delivery[Any], DeadLetter]] = []
+    size = 0
+    for letter in letters:
+        body = sum(map(len, letter[0].fields))
+        if portion and (len(portion) >= most or size + body > _BYTES_PER_CALL):
+            yield portion
+            portion, size = [], 0
+        portion.append(letter)
+        size += body
+    if portion:
+        yield portion
+
+
 def _delay_and_count(delivery: Delivery[Any], verdict: Park | HandBack) -> tuple[Arg, int]:
     """Return the delay in ms, or "@" and the server time, and the delivery count to store.
 
@@ -355,9 +390,7 @@ def _dead_fields(delivery: Delivery[Any], verdict: DeadLetter) -> list[Arg]:
     in one field, `deadfields`, as a msgpack array.
     """
     fields: list[bytes] = delivery.fields
-    entry_id = delivery.entry_id
     if delivery.origin.stream != delivery.origin.home:
-        entry_id = moved(entry_id, fields).origin
         fields = without_inbox_fields(fields)
     if len(fields) > _MOST_VALUES:
         fields = [b"deadfields", msgspec.msgpack.encode(fields)]
@@ -372,5 +405,5 @@ def _dead_fields(delivery: Delivery[Any], verdict: DeadLetter) -> list[Arg]:
         "deadattempts",
         str(delivery.attempt),
         "deadentry",
-        entry_id,
+        original_id(delivery),
     ]

@@ -96,6 +96,7 @@ class Worker:
         for topic in registry.topics:
             bus.topics.declare(topic)
         turn = Turn()
+        crowded: set[str] = set()  # streams that are nearly full, see Pressure
         self._consumers = [
             Consumer(
                 handler,
@@ -106,6 +107,7 @@ class Worker:
                 concurrency=concurrency or handler.concurrency,
                 lease_s=self._lease_s,
                 turn=turn,
+                crowded=crowded,
             )
             for handler in self._handlers
         ]
@@ -121,7 +123,7 @@ class Worker:
         )
         self._records: dict[str, Record] = {}  # partition -> what is recorded of its topic
         self._janitor = Janitor(bus, self.name, self._consumers, self._records)
-        self._pressure = Pressure(self._store, self.name, self._records, self._telemetry)
+        self._pressure = Pressure(self._store, self.name, self._records, crowded, self._telemetry)
         self._state: Any = None
         self._exits = contextlib.AsyncExitStack()
         self._intakes: dict[Consumer, asyncio.Task[None]] = {}

@@ -510,7 +510,8 @@ async def test_a_probe_that_is_rejected_or_skipped_leaves_it_open(backend: Backe
         await eventually(lambda: seen[5:] == [100, 101])
         await eventually(lambda: len(witness.of("breaker.probed", outcome="undecided")) == 2)
         assert witness.of("breaker.closed") == []
-        assert witness.total("delivery.skipped") == 5
+        await eventually(lambda: witness.total("delivery.skipped") == 5)
+        await eventually(lambda: len(witness.of("delivery.dead_lettered")) == 2)
         reasons = {x["deadreason"] for x in await backend.dead(STREAM, GROUP)}
         assert reasons == {b"rejected", b"undecodable"}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Backoff, Delivery, Topic, Worker, event_handler
+from bus import Backoff, Delivery, RetryLater, StreamFull, Topic, Worker, event_handler
 from bus.worker import supervisor
 from tests.guarantees.events import STREAM, Made
 from tests.witness import eventually
@@ -207,3 +207,30 @@ async def test_a_group_that_lost_its_inbox_goes_on(backend: Backend) -> None:
         await eventually(lambda: backend.redis.exists(INBOX))
         await put(backend, 3)
         await eventually(lambda: handled == [1, 2, 3])
+
+
+async def test_a_handler_that_never_gets_done_is_felt_by_publishers_in_the_end(
+    backend: Backend,
+) -> None:
+    """What is moved aside is bounded as well: the cap bounds memory, not only one key."""
+
+    @event_handler(Made, group="g")
+    async def handle(_: Made) -> None:
+        raise RetryLater(3_600)
+
+    topic = Topic("promise", maxlen=60, keep=10, on_full="reject")
+    async with backend.bus(topics=[topic]) as (bus, witness), Worker(bus, [handle]):
+
+        async def is_full() -> bool:
+            try:
+                await bus.publish_many([Made(n=n) for n in range(5)])
+            except StreamFull:
+                return bool(witness.of("inbox.full"))
+            return False
+
+        await eventually(is_full)
+        assert await backend.redis.xlen(INBOX) == 50
+        assert await backend.redis.xlen(STREAM) <= 60
+        await eventually(lambda: len(witness.of("publish.full")) > 0)
+        (told,) = witness.of("inbox.full")
+        assert (told["stream"], told["group"]) == (STREAM, "g")

@@ -464,7 +464,11 @@ async def test_parked_entries_that_stand_first_are_moved_with_all_that_is_known(
     await lab.park("me", ids[:2], "parked:9000")
     await lab.redis.xclaim(STREAM, GROUP, "parked:9000", 0, ids[:2], retrycount=4, justid=True)
     await lab.park("me", ids[3:4], "parked:0")
-    assert await lab.run("move_parked", GROUP, 100, keys=(STREAM, INBOX)) == [2, []]
+    assert await lab.run("move_parked", GROUP, 100, 1_000, 2**20, keys=(STREAM, INBOX)) == [
+        2,
+        [],
+        0,
+    ]
     rows = await lab.redis.xrange(INBOX)
     assert [fields for _, fields in rows] == [
         {b"n": b"%d" % n, b"origentry": i, b"attempts": b"4", b"due": b"9000"}
@@ -474,24 +478,50 @@ async def test_parked_entries_that_stand_first_are_moved_with_all_that_is_known(
     assert set(await lab.pending()) == set(ids[2:])
     assert await lab.consumers() == {b"me", b"parked:0"}
     assert [g["name"] for g in await lab.redis.xinfo_groups(INBOX)] == [GROUP.encode()]
-    assert await lab.run("move_parked", GROUP, 100, keys=(STREAM, INBOX)) == [0, []]
+    assert await lab.run("move_parked", GROUP, 100, 1_000, 2**20, keys=(STREAM, INBOX)) == [
+        0,
+        [],
+        0,
+    ]
 
 
 async def test_moving_is_bounded_and_takes_ghosts_out_of_the_way(lab):
     ids = await lab.read("me", 4)
     await lab.park("me", ids, "parked:9000")
     await lab.redis.xdel(STREAM, ids[0])
-    assert await lab.run("move_parked", GROUP, 2, keys=(STREAM, INBOX)) == [1, ids[:1]]
+    assert await lab.run("move_parked", GROUP, 2, 1_000, 2**20, keys=(STREAM, INBOX)) == [
+        1,
+        ids[:1],
+        0,
+    ]
     assert set(await lab.pending()) == set(ids[2:])
-    assert await lab.run("move_parked", GROUP, 5, keys=(STREAM, INBOX)) == [2, []]
+    assert await lab.run("move_parked", GROUP, 5, 1_000, 2**20, keys=(STREAM, INBOX)) == [2, [], 0]
     assert await lab.consumers() == {b"me"}
+
+
+async def test_an_inbox_takes_no_more_than_its_bound(lab):
+    ids = await lab.read("me", 4)
+    await lab.park("me", ids, "parked:9000")
+    run = ("move_parked", GROUP, 100, 3, 2**20)
+    assert await lab.run(*run, keys=(STREAM, INBOX)) == [3, [], 1]
+    assert await lab.run(*run, keys=(STREAM, INBOX)) == [0, [], 1]
+    assert set(await lab.pending()) == {ids[3]}
+
+
+async def test_one_call_moves_about_as_many_bytes_as_asked(lab):
+    for _ in range(5):
+        await lab.redis.xadd(STREAM, {"n": "x" * 1_000})
+    ids = [i for i, _ in (await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"}))[0][1]]
+    await lab.park("me", ids, "parked:9000")
+    run = ("move_parked", GROUP, 100, 1_000, 2_500)
+    assert await lab.run(*run, keys=(STREAM, INBOX)) == [3, [], 0]
 
 
 async def test_an_entry_too_wide_for_a_script_is_left_where_it_is(lab):
     await lab.redis.xadd(STREAM, {f"f{n}": "v" for n in range(4_000)})
     ids = [i for i, _ in (await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"}))[0][1]]
     await lab.park("me", ids, "parked:9000")
-    assert await lab.run("move_parked", GROUP, 5, keys=(STREAM, INBOX)) == [0, []]
+    assert await lab.run("move_parked", GROUP, 5, 1_000, 2**20, keys=(STREAM, INBOX)) == [0, [], 0]
     assert set(await lab.pending()) == set(ids)
 
 

@@ -506,6 +506,37 @@ async def test_room_without_a_stream_is_all_there_is(store):
     assert await length(store) == 0
 
 
+async def test_one_append_trims_in_bounds_however_far_the_floor_has_moved(store):
+    """A group that is destroyed, or done at last, may free a million entries at once."""
+    wide = Tank(store, keep=10, most=100_000, slack=2)
+    await store.create_groups([(S0, "dead", "0")])
+    for _ in range(4):
+        await wide.add(*[500] * 8)
+    await store.commands.call("XGROUP", "DESTROY", S0, "dead")
+    lengths = [await length(store)]
+    for _ in range(10):
+        await wide.add(1)
+        lengths.append(await length(store))
+    steps = [a - b for a, b in pairwise(lengths)]
+    assert lengths[0] == 16_000
+    assert max(steps) <= 5_000 + 100  # whole nodes, and what of the next one may go singly
+    assert lengths[-1] <= 10 + 100 + 3
+
+
+async def test_dropping_is_bounded_too(store):
+    wide = Tank(store, keep=10, most=100_000)
+    await store.create_groups([(S0, G, "0")])
+    for _ in range(4):
+        await wide.add(*[500] * 8)
+    narrow = Tank(store, keep=10, most=20)
+    narrow._sequence = 10
+    first = await narrow.add(1, drop_oldest=True)
+    assert (first.units, sum(first.dropped.values())) == (0, 5_000)
+    for _ in range(3):
+        last = await narrow.add(1, drop_oldest=True)
+    assert (last.units, await length(store)) == (1, 20)
+
+
 async def test_asking_for_room_makes_no_more_than_asked_for(store):
     tank, entries = await pinned_tank(store, keep=2, most=20, held=10)
     await ack(store, G, entries[:10])

@@ -188,3 +188,149 @@ def test_calls_that_began_before_it_closed_do_not_open_it_again():
     assert not calls.circuit.is_past(START + 7.0)
     assert not any(calls.fail(8.0, 50, began=6.9))
     assert calls.fail(8.0, 4)[-1]
+
+
+# --- events, not calls
+
+
+def test_an_event_that_fails_again_and_again_counts_once_beside_those_that_work():
+    """Ten events always fail, each four times; thirty work: a quarter of the events is at fault."""
+    calls = Calls().work(1.0, 30)
+    circuit = calls.circuit
+    for again in range(4):
+        for event in range(10):
+            assert not circuit.failed(START + 2 + again, START + 2 + again, 30, event)
+    assert (circuit.failures, circuit.calls) == (40, 70)
+    for event in range(10, 30):
+        opens = circuit.failed(START + 6, START + 6, 30, event)
+    assert opens, "30 of 60"
+
+
+def test_a_few_events_that_fail_alone_open_it_by_their_calls():
+    circuit = Circuit(BREAKER)
+    assert [circuit.failed(float(n), float(n), 0, "one") for n in range(4)] == [False] * 3 + [True]
+
+
+def test_an_event_counts_anew_once_it_has_left_the_window():
+    calls = Calls().work(0.5, 1)
+    circuit = calls.circuit
+    assert not circuit.failed(START + 1, START + 1, 1, "a")
+    assert not circuit.failed(START + 2, START + 2, 1, "a")
+    calls.work(9.0, 0).work(20.0, 0)
+    assert not circuit.failed(START + 20, START + 20, 1, "a")
+    assert circuit.failures == 1
+
+
+# --- calls that are slow to fail
+
+
+def test_calls_that_hang_are_looked_back_at_for_longer():
+    """Sixteen at a time that take 30 s each: five in a window, and yet it is an outage."""
+    circuit = Circuit(Breaker(min_calls=20), concurrency=16)
+    circuit.sample(START, 0)
+    assert not any(circuit.failed(START + 30, START, 0) for _ in range(16))
+    assert circuit.reach_s == 75
+    for second in range(31, 60):
+        circuit.sample(START + second, 0)
+    outcomes = [circuit.failed(START + 61, START + 31, 0) for _ in range(4)]
+    assert outcomes == [False, False, False, True]
+    assert circuit.window_began <= START + 30
+
+
+def test_the_longer_look_has_an_end_and_is_given_up_again():
+    circuit = Circuit(Breaker(min_calls=1_000), concurrency=1)
+    circuit.failed(START + 3_600, START, 0)
+    assert circuit.reach_s == 600
+    for _ in range(200):
+        circuit.failed(START + 3_601, START + 3_601, 0)
+    assert circuit.reach_s == 10
+
+
+# --- which probe
+
+
+def test_a_new_event_is_the_first_to_be_probed_and_a_parked_one_if_there_is_none():
+    calls = opened()
+    circuit = calls.circuit
+    assert not circuit.may_probe(START + 2, new=True), "too early for any"
+    assert circuit.allow_probe(START + 6)
+    assert circuit.may_probe(START + 6, new=True)
+    assert not circuit.may_probe(START + 6, new=False)
+    assert circuit.may_probe(START + 7, new=False), "none came within a second"
+
+
+def test_every_fourth_probe_prefers_a_parked_one():
+    circuit = opened().circuit
+    kinds = []
+    for n in range(8):
+        at = START + 6 + n * 5
+        assert circuit.allow_probe(at)
+        kinds.append(circuit.may_probe(at, new=True))
+        assert circuit.may_probe(at, new=False) is not kinds[-1]
+        circuit.probe(at)
+    assert kinds == [True, True, True, False] * 2
+
+
+# --- probation
+
+
+def closed(at: float = 10.0, concurrency: int = 8) -> Circuit:
+    circuit = Circuit(BREAKER, concurrency)
+    while not circuit.is_open:
+        circuit.failed(START, START, 0)
+    circuit.close(START + at, 1)
+    return circuit
+
+
+def test_after_an_outage_few_parked_events_may_start_until_calls_return():
+    circuit = closed()
+    assert circuit.is_limited
+    assert circuit.admits(START + 10, 100) == 2
+    circuit.took(2)
+    assert circuit.admits(START + 10, 100) == 0
+    assert circuit.admits(START + 15, 100) == 1, "one per probe_s at least, or they would never end"
+
+
+def test_failures_of_what_is_parked_stay_a_minority_beside_new_events_that_work():
+    circuit = closed()
+    circuit.took(circuit.admits(START + 10, 100))
+    for _ in range(100):
+        circuit.vouch(START + 10, parked=False)
+    assert circuit.admits(START + 10, 1_000) == 8, "no more at once than there are slots"
+    started = 8
+    circuit.took(8)
+    for _ in range(92):
+        circuit.vouch(START + 10, parked=False)
+        taken = circuit.admits(START + 10, 1)
+        circuit.took(taken)
+        started += taken
+    assert started <= 8 + 92 / 2
+
+
+def test_parked_events_that_work_again_let_more_and_more_follow():
+    circuit = closed(concurrency=64)
+    rounds = []
+    while circuit.on_probation and len(rounds) < 20:
+        now = START + 10 + len(rounds)
+        rounds.append(circuit.admits(now, 64))
+        circuit.took(rounds[-1])
+        for _ in range(rounds[-1]):
+            circuit.vouch(now, parked=True)
+    assert rounds[:4] == [2, 4, 8, 16]
+    assert not circuit.on_probation
+    assert len(rounds) >= 10, "not before a window has passed"
+
+
+def test_without_an_outage_nothing_is_limited():
+    circuit = Circuit(BREAKER)
+    assert circuit.admits(START, 77) == 77
+    circuit.took(77)
+    assert circuit.admits(START, 77) == 77
+    assert not circuit.is_limited
+
+
+def test_opening_again_ends_the_probation():
+    circuit = closed()
+    while not circuit.is_open:
+        circuit.failed(START + 11, START + 11, 1)
+    assert not circuit.on_probation

@@ -11,6 +11,7 @@ from bus import Backoff, Breaker, event_handler
 from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Failure, Park, Verdict
 from bus.streams.codec import envelope_of
 from bus.telemetry import Telemetry
+from bus.worker.circuit import Circuit
 from bus.worker.guard import Guard
 from bus.worker.hand import Hand, Holding
 from bus.worker.refunds import Refunds
@@ -39,7 +40,8 @@ class Shop:
         self.hand = Hand("g", STREAM, STREAM, None, envelope_of)  # type: ignore[arg-type]
         self.holding.hands[STREAM] = self.hand
         refunds = Refunds(None, "g", self.holding.hands, telemetry)  # type: ignore[arg-type]
-        self.guard = Guard(handle, self, self.holding, self._settle, refunds, telemetry)
+        circuit = Circuit(breaker)
+        self.guard = Guard(handle, circuit, self, self.holding, self._settle, refunds, telemetry)
         self.now = asyncio.get_running_loop().time
 
     def _settle(self, hand: Hand, delivery: Delivery[Any], verdict: Verdict) -> None:

@@ -33,9 +33,9 @@ async def bus(valkey_url: str) -> AsyncIterator[Bus]:
         yield bus
 
 
-@pytest.mark.parametrize(("room", "share"), [(360, 0.0), (180, 0.5), (0, 1.0), (-36, 1.1)])
-def test_the_share_counts_what_lies_between_keep_and_maxlen(room: int, share: float) -> None:
-    assert share_used(Record(1, MAXLEN, KEEP), room) == pytest.approx(share)
+@pytest.mark.parametrize(("length", "share"), [(40, 0.0), (220, 0.5), (400, 1.0), (436, 1.1)])
+def test_the_share_counts_what_lies_between_keep_and_maxlen(length: int, share: float) -> None:
+    assert share_used(Record(1, MAXLEN, KEEP), length) == pytest.approx(share)
 
 
 async def test_what_is_done_with_goes_although_nobody_publishes(bus: Bus, backend: Backend) -> None:

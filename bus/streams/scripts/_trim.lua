@@ -59,10 +59,11 @@ local function floor_of(stream)
   return floor, who, lost
 end
 
--- trim(stream, keep, length, least) -> new length, the pinning group's row, ghosts, floor.
+-- trim(stream, keep, length, least, singly) -> new length, the pinning group's row, ghosts, floor.
 -- Removes what no group needs, oldest first, never below `keep` and at most 5,000 entries: whole
--- nodes, and only if that is less than `least` entries, single ones.
-local function trim(stream, keep, length, least)
+-- nodes, and only if that is less than `least` entries, single ones, at most `singly`: their bodies
+-- pass through here, and the server does nothing else meanwhile.
+local function trim(stream, keep, length, least, singly)
   local floor, who, lost = floor_of(stream)
   local spare = math.min(length - keep, 5000)
   if spare <= 0 then return length, who, lost, floor end
@@ -76,7 +77,7 @@ local function trim(stream, keep, length, least)
     gone = redis.call('XTRIM', stream, 'MAXLEN', '~', keep, 'LIMIT', spare)
   end
   length = length - gone
-  local wanted = math.min(least - gone, length - keep)
+  local wanted = math.min(least - gone, length - keep, singly)
   if wanted > 0 then
     -- MAXLEN counts and knows no floor, MINID the reverse: count what lies below the floor first.
     local single, from = wanted, '-'
@@ -104,9 +105,10 @@ local function pinned_by(who, floor)
 end
 
 -- drop_oldest(stream, keep, length, count) -> new length, {group, entries it had not handled, ...}.
--- Removes the `count` oldest entries, needed or not, but leaves `keep`; acks what was pending.
+-- Removes the `count` oldest entries, at most 5,000, needed or not, but leaves `keep`; acks what was
+-- pending.
 local function drop_oldest(stream, keep, length, count)
-  count = math.min(count, length - keep)
+  count = math.min(count, length - keep, 5000)
   if count <= 0 then return length, {} end
   local ids = {}
   local from = '-'

@@ -1,5 +1,5 @@
 -- append: add whole units of events to a stream, as many as fit, at most once per batch.
--- KEYS  1 stream  2 the publisher's memory
+-- KEYS  1 stream  2 the publisher's memory  3 counts of what was dropped unhandled, by group
 -- ARGV  1 sequence of the batch  2 seconds to remember it  3 keep  4 slack  5 most entries
 --       6 1 to drop the oldest entries when it is full  7 number of units  8 number of events
 --       then per unit: number of events; per event: number of arguments, field, value, ...
@@ -36,9 +36,10 @@ if length + total > most
     local who, lost, floor, dropped
     -- Whole nodes are up to 100 entries: a small stream needs single ones to go, to stand at keep.
     length, who, lost, floor = trim(KEYS[1], keep, length,
-      math.max(length + total - most, over - math.floor(slack / 2)))
+      math.max(length + total - most, over - math.floor(slack / 2)), math.max(total, 100))
     if ARGV[6] == '1' and length + total > most then
       length, dropped = drop_oldest(KEYS[1], keep, length, length + total - most)
+      for i = 1, #dropped, 2 do redis.call('HINCRBY', KEYS[3], dropped[i], dropped[i + 1]) end
     end
     found = {pinned_by(who, floor), lost, dropped or {}}
   end

@@ -8,5 +8,5 @@ local length = redis.call('XLEN', KEYS[1])
 if length == 0 then return {tonumber(ARGV[2]), {}, {}} end
 local who, lost, floor
 length, who, lost, floor = trim(KEYS[1], tonumber(ARGV[1]), length,
-  length + tonumber(ARGV[3]) - tonumber(ARGV[2]))
+  length + tonumber(ARGV[3]) - tonumber(ARGV[2]), tonumber(ARGV[3]))
 return {tonumber(ARGV[2]) - length, pinned_by(who, floor), lost}
