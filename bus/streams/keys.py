@@ -89,9 +89,12 @@ def producer(stream_key: str, publisher: str) -> str:
     return f"{stream_key}:pub:{publisher}"
 
 
-def wire(group: str) -> bytes:
-    """Return a group's name as the server has it; others may have given it any bytes."""
-    return group.encode("utf-8", "surrogateescape")
+def wire(name: str) -> bytes:
+    """Return a group's name, or a key made of one, as the server has it.
+
+    Others may have given it any bytes.
+    """
+    return name.encode("utf-8", "surrogateescape")
 
 
 def text(group: bytes) -> str:

@@ -90,7 +90,7 @@ class Leases:
     async def forget_consumer(self, stream: str, group: str, consumer: bytes) -> bool:
         """Remove a consumer that has no lease and nothing pending; True if it is gone now."""
         args: list[Arg] = [keys.wire(group), consumer]
-        target = (stream, keys.lease(stream, consumer))
+        target = (keys.wire(stream), keys.lease(stream, consumer))
         return bool(await _forget_consumer.run(self._commands, target, args))
 
     async def unlist_worker(self, stream: str, consumer: bytes) -> None:
@@ -103,7 +103,9 @@ class Leases:
         Two round trips: TIME, SMEMBERS, XINFO CONSUMERS each; EXISTS each.
         """
         commands: list[tuple[Arg, ...]] = [("TIME",), ("SMEMBERS", keys.workers(stream))]
-        commands += [("XINFO", "CONSUMERS", key, keys.wire(group)) for key, group in places]
+        commands += [
+            ("XINFO", "CONSUMERS", keys.wire(key), keys.wire(group)) for key, group in places
+        ]
         time, listed, *rows = await self._commands.pipeline(commands)
         for reply in (time, listed):
             if isinstance(reply, ReplyError):

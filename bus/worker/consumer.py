@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from bus.config import WAITED_S
-from bus.delivery import ACK, HAND_BACK, DeadLetter, DeadLettered, Delivery, Publishes, Verdict
+from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Publishes, Verdict
 from bus.errors import BusError
 from bus.handler import Handler
 from bus.streams.answers import RawEntry, Taken
@@ -30,6 +30,7 @@ from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
 from bus.worker.guard import Guard
 from bus.worker.hand import Hand, Holding, names_of
 from bus.worker.intake import Intake
+from bus.worker.on_dead import OnDead
 from bus.worker.pace import Pace
 from bus.worker.refunds import Refunds
 from bus.worker.retries import PromptRetries
@@ -71,6 +72,7 @@ class Consumer:
         self._executor = Executor(handler)
         self.holding = Holding(store, handler.group, name, telemetry)
         self.hands = self.holding.hands
+        self._on_dead = OnDead(handler, self._executor, self.holding, bus, telemetry)
         self._circuit = Circuit(handler.breaker, concurrency)
         self._pace = Pace()
         self._demand = Demand(
@@ -203,9 +205,21 @@ class Consumer:
             self._settler.settle(hand, delivery, park)
         self._came_in(len(entries))
 
-    def deliver(self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool = False) -> int:
+    def deliver(
+        self,
+        hand: Hand,
+        taken: Taken,
+        asked_at: float,
+        *,
+        reclaimed: bool = False,
+        recovered: bool = False,
+    ) -> int:
         """Take entries moved here by a script sent at `asked_at`, before the new ones."""
-        count = self.holding.add_taken(hand, taken, asked_at, reclaimed=reclaimed)
+        count, park_again = self.holding.add_taken(
+            hand, taken, asked_at, reclaimed=reclaimed, recovered=recovered
+        )
+        for delivery, park in park_again:
+            self._settler.settle(hand, delivery, park)
         self._circuit.took(count)
         self._came_in(count)
         return count
@@ -377,12 +391,11 @@ class Consumer:
         return await self._handle(slot, delivery, now)
 
     async def _settle(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
-        if (
-            isinstance(verdict, DeadLetter)
-            and self.handler.on_dead is not None
-            and not await self._tell_on_dead(slot, delivery, verdict)
-        ):
-            return
+        if isinstance(verdict, DeadLetter):
+            if not await self._on_dead.tell(slot, delivery, verdict):
+                return
+            if slot.task is not None and slot.task.cancelling():
+                await self._end_cancelled(slot.task, delivery, verdict)
         self._ended_otherwise += 1
         self._settler.settle(self.holding.of(delivery), delivery, verdict)
 
@@ -394,38 +407,6 @@ class Consumer:
             self._settler.settle(self.holding.of(delivery), delivery, verdict)
             raise asyncio.CancelledError
         await absorb_cancellation(task)
-
-    async def _tell_on_dead(self, slot: Slot, delivery: Delivery[Any], verdict: DeadLetter) -> bool:
-        """Call on_dead in the slot, so that what it publishes is marked as caused by this.
-
-        Returns False, without calling it, when another worker has the entry by now: that one
-        may be handling it well.
-        """
-        hand = self.holding.of(delivery)
-        try:
-            ours = await self.holding.still_ours(delivery)
-        except BusError:
-            ours = True  # the server is away: on_dead is at-least-once, as everything is
-        if not ours:
-            hand.held.pop(delivery.entry_id, None)
-            self.holding.tell_dropped(hand, 1)
-            return False
-        slot.delivery = delivery
-        slot.started_at = asyncio.get_running_loop().time()
-        told = DeadLettered(delivery, verdict.reason, verdict.error)
-        failure = await self._executor.call_on_dead(slot, told, self._bus)
-        slot.started_at = 0.0
-        if slot.task is not None and slot.task.cancelling():
-            await self._end_cancelled(slot.task, delivery, verdict)
-        if failure is not None:
-            self._telemetry.emit(
-                "on_dead.failed",
-                **names_of(delivery),
-                error_type=failure.type,
-                error=failure.text,
-                where=failure.where,
-            )
-        return True
 
     # --- the tick
 

@@ -153,22 +153,39 @@ class Holding:
                 self.buffer.append(delivery)
         return parked
 
-    def add_taken(self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool) -> int:
-        """Put entries moved here by a script sent at `asked_at` first; return how many."""
+    def add_taken(
+        self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool, recovered: bool
+    ) -> tuple[int, list[tuple[Delivery[Any], Park]]]:
+        """Put entries moved here by a script sent at `asked_at` first.
+
+        reclaimed: from another worker. recovered: ours, and not seen yet. Returns how many came,
+        and those of them to park again.
+        """
+        parked: list[tuple[Delivery[Any], Park]] = []
         now = asyncio.get_running_loop().time()
         known = set(hand.known)
         fresh = [e for e in taken.entries if e[0] not in known]
         for entry_id, count, fields in reversed(fresh):
+            attempt, due_ms = count, 0
             if hand.is_inbox:  # its first delivery counted 1, whatever had been used up before
-                count = max(count, moved(entry_id, fields).attempts + 1)  # noqa: PLW2901
-            delivery: Delivery[Any] = Delivery(hand, entry_id, fields, count, asked_at, now)
+                was = moved(entry_id, fields)
+                attempt = max(count, was.attempts + 1)
+                if count <= 1 and (reclaimed or recovered):  # nobody came to park it again
+                    due_ms = was.due_ms
+            delivery: Delivery[Any] = Delivery(hand, entry_id, fields, attempt, asked_at, now)
             delivery.reclaimed = reclaimed
             delivery.parked = not reclaimed
             hand.held[entry_id] = delivery
-            self.buffer.appendleft(delivery)
+            if due_ms:
+                # One without attempts before may also come from its lane, with a count of 1 as
+                # well. At 2 it is known from then on, or it could kill workers for ever.
+                delivery.attempt = max(attempt, 2)
+                parked.append((delivery, Park(0, until_ms=due_ms)))
+            else:
+                self.buffer.appendleft(delivery)
         if taken.lost:
             tell_lost(self._telemetry, hand.stream, {hand.group: texts(taken.lost)})
-        return len(fresh)
+        return len(fresh), parked
 
     # --- still ours?
 
@@ -231,10 +248,15 @@ class Holding:
     def forget(self, deliveries: Sequence[Delivery[Any]]) -> None:
         """Take deliveries out of the hand without a verdict."""
         gone = set(map(id, deliveries))
+        # The suspect that was to run next may be among them, and its end would have brought in the
+        # one after it. One too many in the buffer does no harm: it is put aside again.
+        promote = any(d.reclaimed and id(d) in gone for d in self.buffer)
         for queue in (self.buffer, self.suspects):
             keep = [d for d in queue if id(d) not in gone]
             queue.clear()
             queue.extend(keep)
+        if promote and self.suspects:
+            self.buffer.appendleft(self.suspects.popleft())
         for delivery in deliveries:
             self.condemned.pop(delivery, None)
             self.of(delivery).held.pop(delivery.entry_id, None)

@@ -33,7 +33,7 @@ class Basket(Protocol):
     def deliver_new(self, hand: Hand, entries: list[RawEntry], sent_at: float) -> None:
         """Take entries read for the first time by a read sent at loop time `sent_at`."""
 
-    def deliver(self, hand: Hand, taken: Taken, asked_at: float) -> int:
+    def deliver(self, hand: Hand, taken: Taken, asked_at: float, *, recovered: bool) -> int:
         """Take entries moved here by a script sent at loop time `asked_at`."""
 
 
@@ -267,7 +267,7 @@ class Intake:
                     stream, self._group, self._consumer, READ_COUNT, hand.known
                 )
                 more = len(taken.entries) + len(taken.lost) >= READ_COUNT
-                count = self._basket.deliver(hand, taken, asked_at)
+                count = self._basket.deliver(hand, taken, asked_at, recovered=True)
                 if count:
                     self._telemetry.emit(
                         "delivery.recovered", stream=stream, group=self._group, count=count

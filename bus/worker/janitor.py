@@ -4,13 +4,17 @@ Dead workers are forgotten, mended streams read again, what is too old is trimme
 nobody serves are named.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from bus.config import UNSERVED_SHARE
-from bus.errors import BusError
+from bus.errors import AuthenticationFailed, BusClosed, BusError, ServerUnreachable
 from bus.shortage import tell_lost
 from bus.streams import keys
+from bus.streams.answers import Consumer as Row
+from bus.streams.connection import ConnectionLost
+from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record
 from bus.telemetry import Telemetry
@@ -18,6 +22,9 @@ from bus.worker.consumer import Consumer
 from bus.worker.pressure import TURN_MS, share_used
 
 _RETAINED_PER_CALL = 4_000  # a call that trims so many may have left more
+# A consumer that keeps no lease serves its group if it was heard of within this time: far above the
+# usual BLOCK of a reader, and soon enough for a group that nobody reads any more.
+_HEARD_OF_MS = 60_000
 
 
 class _Share(Protocol):
@@ -81,12 +88,28 @@ class Janitor:
             try:
                 await chore()
             except BusError as error:
-                self._telemetry.emit(
-                    "janitor.failed",
-                    worker=self._name.decode(),
-                    error_type=type(error).__name__,
-                    error=str(error),
-                )
+                self._tell(error)
+
+    def _tell(self, error: BusError) -> None:
+        self._telemetry.emit(
+            "janitor.failed",
+            worker=self._name.decode(),
+            error_type=type(error).__name__,
+            error=str(error),
+        )
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Tell of what is wrong with one stream or topic; the others get their due all the same.
+
+        Errors: those of the server as a whole, which the others would meet as well.
+        """
+        try:
+            yield
+        except BusError as error:
+            if _is_of_the_server(error):
+                raise
+            self._tell(error)
 
     async def _find_mended(self) -> None:
         for consumer in self._consumers:
@@ -97,7 +120,8 @@ class Janitor:
 
     async def _forget_dead_workers(self) -> None:
         for stream in list(self._records):
-            await self._forget_dead_workers_of(stream)
+            with self._going_on():
+                await self._forget_dead_workers_of(stream)
 
     async def _forget_dead_workers_of(self, stream: str) -> None:
         """Remove consumers of workers whose lease is gone, once nothing is pending for them.
@@ -119,7 +143,7 @@ class Janitor:
                     elif await self._store.leases.forget_consumer(key, group, name):
                         self._telemetry.emit(
                             "consumer.forgotten",
-                            stream=key,
+                            stream=shown(key),
                             group=shown(group),
                             consumer=name.decode(errors="replace"),
                         )
@@ -135,22 +159,25 @@ class Janitor:
             return
         ours = await self._store.leases.try_chore(aged, "retention", self._name.decode(), TURN_MS)
         for stream in ours:
-            retention_ms = int((self._records[stream].retention_s or 0) * 1000)
-            gone = _RETAINED_PER_CALL
-            while gone >= _RETAINED_PER_CALL:
-                gone, lost = await self._store.retain(stream, retention_ms)
-                tell_lost(self._telemetry, stream, lost)
+            with self._going_on():
+                await self._trim_by_age(stream, self._records[stream].retention_s or 0)
+
+    async def _trim_by_age(self, stream: str, retention_s: float) -> None:
+        gone = _RETAINED_PER_CALL
+        while gone >= _RETAINED_PER_CALL:
+            gone, lost = await self._store.retain(stream, int(retention_s * 1000))
+            tell_lost(self._telemetry, stream, lost)
 
     # --- groups that nobody serves
 
     async def name_unserved(self) -> None:
-        """Tell of every group of our streams that no live worker serves: it holds entries back."""
+        """Tell of every group of our streams that nobody serves: it holds entries back."""
         for stream, group, share in await self._unserved(list(self._records)):
             self._telemetry.emit("group.unserved", stream=stream, group=group, share=share)
 
     async def _alert_unserved(self) -> None:
         """Tell of those that pin half of the room or more; once, until they pin less again."""
-        records = self._records
+        records = dict(self._records)  # a partition may be added meanwhile
         lengths = zip(records, await self._store.lengths(list(records)), strict=True)
         high = [s for s, n in lengths if share_used(records[s], n) >= UNSERVED_SHARE]
         pinning = set()
@@ -162,22 +189,43 @@ class Janitor:
         self._alerted = pinning
 
     async def _unserved(self, streams: Sequence[str]) -> list[tuple[str, str, float]]:
-        """Return (stream, group, share of the room it pins) of groups without a live worker."""
+        """Return (stream, group, share of the room it pins) of groups that nobody serves."""
         unserved: dict[str, set[str]] = {}
         for stream in sorted(streams):
-            served = await self._store.leases.served_groups(stream)
-            if left := set(await self._store.groups_of(stream)) - served:
-                unserved[stream] = {shown(g) for g in left}
+            with self._going_on():
+                if left := await self._left_alone(stream):
+                    unserved[stream] = {shown(g) for g in left}
         found = []
         for topic in sorted({keys.topic_of(s) for s in unserved}):
-            backlog = await self._bus.backlog(topic)
-            found += [
-                (s.stream, g.group, round(g.share, 3))
-                for s in backlog.streams
-                for g in s.groups
-                if g.group in unserved.get(s.stream, ())
-            ]
+            with self._going_on():
+                backlog = await self._bus.backlog(topic)
+                found += [
+                    (s.stream, g.group, round(g.share, 3))
+                    for s in backlog.streams
+                    for g in s.groups
+                    if g.group in unserved.get(s.stream, ())
+                ]
         return found
+
+    async def _left_alone(self, stream: str) -> set[str]:
+        """Return the groups of a stream that neither a live worker nor anybody else reads."""
+        served = await self._store.leases.served_groups(stream)
+        left = set(await self._store.groups_of(stream)) - served
+        if left:  # one of another language need not keep a lease
+            survey = await self._store.leases.survey(stream, [(stream, g) for g in left])
+            left -= {g for (_, g), rows in survey.consumers.items() if any(map(_reads, rows))}
+        return left
+
+
+def _reads(consumer: Row) -> bool:
+    """Whether it is no lane and was heard of lately."""
+    return consumer.idle_ms < _HEARD_OF_MS and keys.lane_due_ms(consumer.name) is None
+
+
+def _is_of_the_server(error: BusError) -> bool:
+    if isinstance(error, ReplyError):
+        return error.code in TRANSIENT
+    return isinstance(error, ConnectionLost | ServerUnreachable | AuthenticationFailed | BusClosed)
 
 
 def shown(name: str) -> str:
