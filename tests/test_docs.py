@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import redis
 
+from bus import Bus, Topic
+from bus.streams import topics
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _BLOCK = re.compile(r"<!-- test: (\w+) -->\n *```\w*\n(.*?)\n *```", re.DOTALL)
@@ -102,6 +105,21 @@ def _flat(value: object) -> list[str]:
     if isinstance(value, list | tuple):
         return [s for item in value for s in _flat(item)]
     return [str(value)]
+
+
+async def test_marks_are_changed_by_hand_as_the_operations_document_says(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = blocks((ROOT / "docs/operations.md").read_text(encoding="utf-8"))["marks"]
+    lines = session.splitlines()
+    get, put = (_words(line.partition("> ")[2]) for line in lines[::2])
+    monkeypatch.setattr(topics, "RECORD_TTL_S", 0)
+    async with Bus.connect(valkey_url, topics=[Topic("order")]) as bus:
+        await bus.topics.record("order")
+        assert (await bus.redis.execute_command(*get)).decode() == shlex.split(lines[1])[0]
+        await bus.redis.execute_command(*put)
+        record = await bus.topics.record("order")
+    assert (record.maxlen, record.keep, record.retention_s) == (2_000_000, 100_000, 604_800)
 
 
 def test_the_backlog_is_printed_as_the_operations_document_has_it(

@@ -12,7 +12,7 @@ from bus.config import UNSERVED_SHARE
 from bus.errors import AuthenticationFailed, BusClosed, BusError, ServerUnreachable
 from bus.shortage import tell_lost
 from bus.streams import keys
-from bus.streams.answers import Consumer as Row
+from bus.streams.answers import Survey
 from bus.streams.connection import ConnectionLost
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
@@ -213,13 +213,18 @@ class Janitor:
         left = set(await self._store.groups_of(stream)) - served
         if left:  # one of another language need not keep a lease
             survey = await self._store.leases.survey(stream, [(stream, g) for g in left])
-            left -= {g for (_, g), rows in survey.consumers.items() if any(map(_reads, rows))}
+            left -= _read_by_others(survey)
         return left
 
 
-def _reads(consumer: Row) -> bool:
-    """Whether it is no lane and was heard of lately."""
-    return consumer.idle_ms < _HEARD_OF_MS and keys.lane_due_ms(consumer.name) is None
+def _read_by_others(survey: Survey) -> set[str]:
+    """Return the groups with a consumer that keeps no lease and was heard of lately."""
+    return {
+        group
+        for (_, group), consumers in survey.consumers.items()
+        for name, _, idle_ms in consumers
+        if idle_ms < _HEARD_OF_MS and name not in survey.listed and keys.lane_due_ms(name) is None
+    }
 
 
 def _is_of_the_server(error: BusError) -> bool:

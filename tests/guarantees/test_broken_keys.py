@@ -69,6 +69,28 @@ async def test_a_stream_that_breaks_under_a_running_worker(
         await eventually(lambda: handled[-1] == Vowed(n=12))
 
 
+async def test_a_worker_whose_only_stream_is_broken_waits_for_it(
+    backend: Backend, quick_chores: None
+) -> None:
+    """Its inbox is sound, and read meanwhile."""
+    handled: list[object] = []
+
+    @event_handler(Made, group="g")
+    async def read(event: Made) -> None:
+        handled.append(event)
+
+    await backend.redis.set(STREAM, "I am a string")
+    entry = {"id": "e1", "type": "promise.made", "data": b'{"n":1}'}
+    async with backend.bus() as (bus, witness), Worker(bus, [read]):
+        await backend.add(f"{STREAM}:inbox:g", entry)
+        await eventually(lambda: handled == [Made(n=1)])
+        assert witness.of("worker.failed") == []
+        await backend.redis.delete(STREAM)
+        await eventually(lambda: witness.of("stream.mended"))
+        await bus.publish(Made(n=2))
+        await eventually(lambda: handled == [Made(n=1), Made(n=2)])
+
+
 async def test_a_broken_dead_letter_key_keeps_the_entry(backend: Backend) -> None:
     """Nothing is told as lost that is not lost: the verdict waits until the key is mended."""
     release = asyncio.Event()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bus import Backoff, DeclarationError, Delivery, Reject, Worker, event_handler
-from bus.delivery import Park
+from bus.delivery import DeadLettered, Park
 from bus.worker import settler
 from tests.guarantees.events import STREAM, Made
 from tests.witness import eventually
@@ -45,6 +45,29 @@ async def test_what_finds_the_dead_letters_full_waits_and_is_told(
         await worker.drained()
     assert len(await backend.dead(STREAM, "g")) == 2
     assert await backend.pending(STREAM, "g") == []
+
+
+async def test_on_dead_is_told_once_of_what_waits_for_room(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again about once a minute for as long as nobody looks at the dead letters."""
+    monkeypatch.setattr(settler, "_NO_ROOM", Park(0.1, reason="the dead letters are full"))
+    told: list[int] = []
+
+    async def tell(dead: DeadLettered, bus: object) -> None:
+        told.append(dead.event.n)
+
+    @event_handler(Made, group="g", dead_letter_maxlen=1, on_dead=tell)
+    async def refuse(event: Made) -> None:
+        raise Reject("no")
+
+    async with backend.bus() as (bus, witness), Worker(bus, [refuse]) as worker:
+        await bus.publish_many([Made(n=n) for n in range(2)])
+        await eventually(lambda: witness.total("dead_letters.full") >= 3)
+        await backend.redis.xtrim(DEAD, maxlen=0, approximate=False)
+        await worker.drained()
+    assert sorted(told) == [0, 1]
+    assert len(await backend.dead(STREAM, "g")) == 1
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "3"])

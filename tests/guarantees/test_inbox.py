@@ -163,6 +163,30 @@ async def test_a_dead_workers_inbox_entry_is_reclaimed_with_its_attempts(
     assert await inbox(backend) == []
 
 
+async def test_an_inbox_entry_that_a_dead_worker_had_just_been_given_waits_until_it_is_due(
+    backend: Backend, quick_sweeps: None
+) -> None:
+    handled: list[int] = []
+
+    @event_handler(Made, group="g", visibility_s=0.5)
+    async def handle(event: Made) -> None:
+        handled.append(event.n)
+
+    await backend.redis.xgroup_create(INBOX, "g", "0", mkstream=True)
+    seconds, _ = await backend.redis.time()
+    due_ms = (seconds + 3) * 1000
+    await put(backend, 1, attempts="2", due=str(due_ms))
+    await backend.redis.xreadgroup("g", "dead", {INBOX: ">"})
+    await backend.redis.sadd(f"{STREAM}:workers", "dead")
+    async with backend.bus() as (bus, _), Worker(bus, [handle], lease_s=0.5) as worker:
+        await eventually(lambda: _owner(backend, INBOX, f"parked:{due_ms}", 2))
+        assert handled == []
+        await worker.drained()
+        seconds, _ = await backend.redis.time()
+        assert seconds * 1000 >= due_ms
+    assert handled == [1]
+
+
 async def test_a_busy_stream_does_not_keep_a_full_handler_from_its_inbox(
     backend: Backend,
 ) -> None:

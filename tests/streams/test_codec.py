@@ -30,7 +30,9 @@ from bus.streams.codec import (
     info_for,
     key_of,
     locate,
+    moved,
     open_envelope,
+    without_inbox_fields,
 )
 
 CANARY = "s3cret-payload"
@@ -547,3 +549,25 @@ def test_deep_nesting_leaves_the_stack_as_it_was():
             received(entry(BAD_DATA["deep and open"]))
     assert sys.getrecursionlimit() == limit
     assert received(entry(b'{"name":"n"}')) == Plain(name="n")
+
+
+# --- inboxes
+
+
+def test_of_equal_names_those_that_the_move_appended_count() -> None:
+    own = [b"id", b"e", b"due", b"2026-12-24", b"attempts", b"7", b"origentry", b"9-9"]
+    entry = [*own, b"origentry", b"5-0", b"attempts", b"2", b"due", b"1763629200000"]
+    assert moved(b"6-0", entry) == (b"5-0", 2, 1_763_629_200_000)
+    assert without_inbox_fields(entry) == own
+
+
+def test_an_own_field_of_such_a_name_before_the_others_stays() -> None:
+    own = [b"due", b"2026-12-24", b"id", b"e", b"type", b"t", b"data", b"{}"]
+    assert without_inbox_fields([*own, b"attempts", b"2"]) == own
+    assert without_inbox_fields(own) == own
+    assert without_inbox_fields([]) == []
+
+
+@pytest.mark.parametrize("origin", [b"", b"no id", b"-5-0", b"5-", b"9" * 30, b"5-0\n"])
+def test_an_origin_that_is_no_id_is_not_believed(origin: bytes) -> None:
+    assert moved(b"6-0", [b"origentry", origin]).origin == b"6-0"

@@ -507,6 +507,17 @@ def test_a_newer_version_is_parked_for_a_day_and_then_dead_lettered() -> None:
     assert verdict.reason == "newer-version"
 
 
+def test_the_age_of_a_moved_entry_is_that_of_the_entry_it_was() -> None:
+    """Its id in the inbox says when it was moved; each move would give it another day."""
+    old = f"{int((time.time() - UNKNOWN_TYPE_MAX_AGE_S - 60) * 1000)}-0".encode()
+    entry = delivery(v=b"2", origentry=old)
+    assert isinstance(executor(noop).triage(entry), Park)  # a field of that name in the stream
+    entry.origin = Origin("g", f"{ORIGIN.home}:inbox:g", ORIGIN.home, ORIGIN.bus, envelope_of)
+    assert isinstance(executor(noop).triage(entry), DeadLetter)
+    entry.fields[-1] = b"no id"
+    assert isinstance(executor(noop).triage(entry), Park)
+
+
 def test_an_unknown_type_is_looked_up_again_once_its_class_has_come() -> None:
     reader = executor(noop)
     assert isinstance(reader.triage(delivery(v=b"9")), Park)

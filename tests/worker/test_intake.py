@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -185,3 +186,34 @@ async def test_pause_ends_early_when_told() -> None:
     asyncio.get_running_loop().call_soon(stop.set)
     await pause(stop, 3_600)
     await pause(asyncio.Event(), 0.01)
+
+
+async def test_inboxes_that_were_empty_are_listed_seldom_by_reads_that_do_not_block(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is one per partition: listed by every quick read they would cost more than all else."""
+    listed: list[tuple[float, int, bool]] = []
+    inner = Reader.read
+
+    async def read_all(
+        self: Any, group: Any, consumer: Any, streams: Any, count: Any, block_ms: int
+    ) -> Any:
+        now = asyncio.get_running_loop().time()
+        listed.append((now, block_ms, any(":inbox:" in s for s in streams)))
+        return await inner(self, group, consumer, streams, count, block_ms)
+
+    monkeypatch.setattr(Reader, "read", read_all)
+    bus.topics.declare(Topic("work", partitions=64))
+
+    @event_handler(Asked, group="g", concurrency=2)
+    async def read(event: Asked) -> None:
+        await asyncio.sleep(0.002)
+
+    await bus.publish_many([Asked(n=n) for n in range(400)])
+    async with Worker(bus, [read]) as worker:
+        await worker.drained()
+    assert all(inboxes for _, block_ms, inboxes in listed if block_ms)
+    quick = [(at, inboxes) for at, block_ms, inboxes in listed if not block_ms]
+    with_inboxes = [at for at, inboxes in quick if inboxes]
+    assert len(with_inboxes) < len(quick) / 4
+    assert all(b - a >= 0.05 for a, b in pairwise(with_inboxes))

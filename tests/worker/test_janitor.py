@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import Bus, Event, Topic, Worker, event_handler
-from bus.worker import supervisor
+from bus.streams import keys
+from bus.streams.connection import ConnectionLost
+from bus.streams.stream import StreamStore
+from bus.worker import janitor, supervisor
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
 
@@ -171,6 +174,7 @@ async def test_groups_without_a_worker_are_named_at_start_with_their_share(
         await backend.redis.xgroup_create(STREAM, "forgotten", "0")
         await bus.publish_many([Asked(n=n) for n in range(40)])
         await backend.redis.xreadgroup("done", "c", {STREAM: ">"}, noack=True)
+        await backend.redis.xgroup_delconsumer(STREAM, "done", "c")
         async with Worker(bus, [read]):
             told = {t["group"]: t["share"] for t in witness.of("group.unserved")}
     assert told == {"done": 0, "forgotten": 0.3}
@@ -208,5 +212,166 @@ async def test_a_group_without_a_worker_that_pins_half_of_the_room_is_an_alert(
             assert len(witness.of("group.pinning")) == 1
 
 
+async def test_a_group_that_a_consumer_without_a_lease_reads_is_served(
+    valkey_url: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other languages need not keep one; a lane that parked entries wait in reads nothing."""
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    async def told(bus: Bus) -> set[str]:
+        witness = Witness(bus)
+        async with Worker(bus, [read]):
+            return {t["group"] for t in witness.of("group.unserved")}
+
+    async with Bus.connect(valkey_url, topics=[NARROW]) as bus:
+        for group in ("foreign", "parked", "crashed"):
+            await backend.redis.xgroup_create(STREAM, group, "0", mkstream=True)
+        await backend.redis.xgroup_createconsumer(STREAM, "parked", "parked:5")
+        await backend.redis.xgroup_createconsumer(STREAM, "crashed", "ours")
+        await backend.redis.sadd(f"{STREAM}:workers", "ours")
+        await bus.publish(Asked(n=1))
+        await backend.redis.xreadgroup("foreign", "stranger", {STREAM: ">"})
+        assert await told(bus) == {"parked", "crashed"}
+        monkeypatch.setattr(janitor, "_HEARD_OF_MS", 50)
+        await asyncio.sleep(0.1)
+        assert await told(bus) == {"parked", "crashed", "foreign"}
+
+
 async def _is_unlisted(backend: Backend) -> bool:
     return not await backend.redis.sismember(f"{STREAM}:workers", "gone")
+
+
+# --- keys and names that others broke
+
+BROKEN = Topic("work", partitions=2, maxlen=110, keep=10)
+SECOND = "bus:{work:1}"
+
+
+async def test_a_broken_key_does_not_keep_a_worker_from_starting(
+    valkey_url: str, backend: Backend
+) -> None:
+    handled: list[int] = []
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None:
+        handled.append(event.n)
+
+    await backend.redis.set(SECOND, "I am a string")
+    await backend.redis.xgroup_create(STREAM, "forgotten", "0", mkstream=True)
+    async with Bus.connect(valkey_url, topics=[BROKEN]) as bus:
+        witness = Witness(bus)
+        async with Worker(bus, [read]):
+            (told,) = witness.of("janitor.failed")
+            assert told["error_type"] == "WrongKeyType"
+            await backend.add(STREAM, {"id": "e1", "type": "work.asked", "data": b'{"n":1}'})
+            await eventually(lambda: handled == [1])
+
+
+async def test_another_groups_broken_inbox_does_not_keep_a_worker_from_starting(
+    bus: Bus, backend: Backend, witness: Witness
+) -> None:
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    await backend.redis.xgroup_create(STREAM, "forgotten", "0", mkstream=True)
+    await backend.redis.set(f"{STREAM}:inbox:forgotten", "I am a string")
+    async with Worker(bus, [read]) as worker:
+        assert witness.of("janitor.failed")[0]["error_type"] == "WrongKeyType"
+        await bus.publish(Asked(n=1))
+        await worker.drained()
+
+
+async def test_a_server_that_goes_away_during_a_start_fails_it(
+    bus: Bus, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    async def lost(topic: str) -> Any:
+        raise ConnectionLost("connection lost: by the test", sent=True)
+
+    await backend.redis.xgroup_create(STREAM, "forgotten", "0", mkstream=True)
+    monkeypatch.setattr(bus, "backlog", lost)
+    with pytest.raises(ConnectionLost):
+        await Worker(bus, [read]).start()
+
+
+async def test_a_broken_partition_keeps_no_chore_from_the_others(
+    valkey_url: str, backend: Backend
+) -> None:
+    old = Topic("work", partitions=2, retention=timedelta(days=1))
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    await backend.redis.set(STREAM, "I am a string")
+    await backend.redis.set(f"{STREAM}:workers", "I am a string")
+    await backend.redis.sadd(f"{SECOND}:workers", "gone")
+    await aged(backend, 5, age_s=3 * 86_400, stream=SECOND)
+    async with Bus.connect(valkey_url, topics=[old]) as bus:
+        witness = Witness(bus)
+        async with Worker(bus, [read]):
+            await eventually(lambda: _length(backend, 0, SECOND))
+            await eventually(lambda: _is_unlisted_in(backend, SECOND))
+            assert witness.of("janitor.failed")
+            assert witness.of("worker.failed") == []
+
+
+async def _is_unlisted_in(backend: Backend, stream: str) -> bool:
+    return not await backend.redis.sismember(f"{stream}:workers", "gone")
+
+
+async def test_a_partition_that_is_added_during_a_chore_does_not_end_the_worker(
+    valkey_url: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = StreamStore.lengths
+    looked: list[int] = []
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    async with Bus.connect(valkey_url, topics=[NARROW]) as bus:
+        witness = Witness(bus)
+        worker = Worker(bus, [read])
+
+        async def growing(self: Any, streams: Any) -> Any:
+            found = await inner(self, streams)
+            looked.append(len(found))
+            if len(looked) < 50:
+                added = keys.stream("work", len(worker._records))
+                worker._records[added] = worker._records[STREAM]
+            return found
+
+        async with worker:
+            monkeypatch.setattr(worker._pressure, "relieve", asyncio.Event().wait)
+            monkeypatch.setattr(StreamStore, "lengths", growing)
+            await eventually(lambda: len(looked) > 3)
+            assert witness.of("worker.failed") == []
+
+
+async def test_a_group_whose_name_is_no_text_hurts_nobody(
+    bus: Bus, backend: Backend, witness: Witness
+) -> None:
+    """Other programs may call their groups anything; dead workers leave those as well."""
+    strange = b"\xff\xfe"
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None: ...
+
+    inbox = STREAM.encode() + b":inbox:" + strange
+    for key in (STREAM, inbox):
+        await backend.redis.xgroup_create(key, strange, "0", mkstream=True)
+        await backend.redis.xgroup_createconsumer(key, strange, "gone")
+    await backend.redis.sadd(f"{STREAM}:workers", "gone")
+    async with Worker(bus, [read]) as worker:
+        await eventually(lambda: _is_unlisted(backend))
+        for key in (STREAM, inbox):
+            assert await backend.redis.xinfo_consumers(key, strange) == []
+        told = witness.of("consumer.forgotten", consumer="gone")
+        assert {t["stream"] for t in told} == {STREAM, f"{STREAM}:inbox:��"}
+        assert {t["group"] for t in told} == {"��"}
+        await bus.publish(Asked(n=1))
+        await worker.drained()
+    assert witness.of("worker.failed") == witness.of("janitor.failed") == []

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bus import Backoff, Bus, Reject, Worker, event_handler
-from bus.delivery import HAND_BACK, Delivery, Failure, Origin, Park
+from bus.delivery import HAND_BACK, DeadLetter, Delivery, Failure, Origin, Park
+from bus.streams.answers import Buried
 from bus.streams.codec import envelope_of
 from bus.streams.connection import ConnectionLost
 from bus.streams.stream import StreamStore
-from bus.worker.settler import _delay_and_count
+from bus.telemetry import Telemetry
+from bus.worker.hand import Hand
+from bus.worker.settler import Settler, _delay_and_count, portions
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
 
@@ -164,3 +167,117 @@ def test_counts_are_stored_so_that_taking_makes_the_next_attempt(
     verdict: Any, attempt: int, stored: tuple[int, int]
 ) -> None:
     assert _delay_and_count(Delivery(ORIGIN, b"1-0", [], attempt, 0.0), verdict) == stored
+
+
+# --- without a server
+
+
+class Unscanned(dict[str, Hand]):
+    """All hands: two per partition and handler, which may be thousands."""
+
+    def values(self) -> Any:
+        raise AssertionError("all hands were gone through for one verdict")
+
+
+class Graves:
+    """A store that takes acks, and dead letters as told."""
+
+    def __init__(self, hand: Hand, answers: list[Buried]) -> None:
+        self._hand = hand
+        self._answers = answers
+        self.acked: list[bytes] = []
+        self.held: list[set[bytes]] = []  # at each call
+        self.calls: list[int] = []
+
+    async def ack(self, stream: str, group: str, consumer: str, ids: list[bytes]) -> list[bytes]:
+        self.acked += ids
+        return []
+
+    async def park(self, stream: str, group: str, consumer: str, entries: list[Any]) -> Any:
+        return [b"parked:1" for _ in entries]
+
+    async def dead_letter(
+        self, stream: str, group: str, consumer: str, most: int, entries: list[Any]
+    ) -> list[Buried]:
+        self.held.append(set(self._hand.held))
+        self.calls.append(len(entries))
+        return [self._answers.pop(0) for _ in entries]
+
+
+def settler_of(hands: dict[str, Hand], store: Graves) -> Settler:
+    def ignore(*_: Any) -> None: ...
+
+    return Settler(store, "me", hands, Telemetry(), ignore, ignore)  # type: ignore[arg-type]
+
+
+def own_hand() -> Hand:
+    return Hand("g", STREAM, STREAM, None, envelope_of)  # type: ignore[arg-type]
+
+
+async def test_only_hands_with_verdicts_are_looked_at() -> None:
+    hand = own_hand()
+    store = Graves(hand, [])
+    settler = settler_of(Unscanned({STREAM: hand}), store)
+    running = asyncio.create_task(settler.run())
+    await asyncio.sleep(0)
+    for n in range(3):
+        settler.ack(Delivery(hand, b"%d-0" % n, [], 1, 0.0))
+        assert settler.has_work
+        assert not settler.is_behind
+        await eventually(lambda: not settler.has_work)
+    assert store.acked == [b"0-0", b"1-0", b"2-0"]
+    running.cancel()
+    await asyncio.wait([running])
+
+
+WHY = DeadLetter("failed", Failure("E", ""))
+
+
+def dead_letters(hand: Hand, count: int, size: int = 0) -> list[tuple[Delivery[Any], DeadLetter]]:
+    return [
+        (Delivery(hand, b"%d-0" % n, [b"data", b"x" * size], 1, 0.0), WHY) for n in range(count)
+    ]
+
+
+async def test_what_finds_the_dead_letters_full_never_leaves_the_hand() -> None:
+    """Not even until the next call has ended: a recovery in between would take it up again."""
+    hand = own_hand()
+    store = Graves(hand, [Buried.FULL] * 50 + [Buried.YES] * 50)
+    settler = settler_of({STREAM: hand}, store)
+    letters = dead_letters(hand, 100)
+    for delivery, verdict in letters:
+        hand.held[delivery.entry_id] = delivery
+        settler.settle(hand, delivery, verdict)
+    assert await settler._apply_dead(hand)
+    full = {d.entry_id for d, _ in letters[:50]}
+    assert [full <= held for held in store.held] == [True, True]
+    assert set(hand.held) == {d.entry_id for d, _ in hand.parks} == hand.unburied == full
+
+
+async def test_an_id_that_found_no_room_is_remembered_until_it_is_buried() -> None:
+    hand = own_hand()
+    store = Graves(hand, [Buried.FULL, Buried.FULL, Buried.YES, Buried.REFUSED])
+    settler = settler_of({STREAM: hand}, store)
+    for left in (2, 0):
+        hand.dead = dead_letters(hand, 2)
+        await settler._apply_dead(hand)
+        assert len(hand.unburied) == left
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "most", "calls"),
+    [
+        (120, 100, 50, [50, 50, 20]),
+        (3, 100, 1, [1, 1, 1]),
+        (5, 400_000, 50, [2, 2, 1]),
+        (3, 8 * 1024 * 1024, 50, [1, 1, 1]),
+        (0, 0, 50, []),
+    ],
+)
+def test_dead_letters_are_sent_by_number_and_by_size(
+    count: int, size: int, most: int, calls: list[int]
+) -> None:
+    letters = dead_letters(own_hand(), count, size)
+    cut = list(portions(letters, most))
+    assert [len(portion) for portion in cut] == calls
+    assert [letter for portion in cut for letter in portion] == letters
