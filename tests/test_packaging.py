@@ -80,6 +80,8 @@ def test_the_core_imports_with_its_four_packages_alone(wheel, tmp_path):
     run(*pip, "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
     shown = run(*pip, "list", "--format", "freeze").lower().split()
     installed = {line.split("==")[0] for line in shown} - {"pip", "setuptools"}
+    if sys.version_info < (3, 11, 3):
+        installed -= {"async-timeout"}  # what redis-py itself brings to these
     assert installed == {"bus-streams", "hiredis", "msgspec", "redis", "tenacity", "uvloop"}
     assert run(python, "-W", "error", "-c", "import bus; print(bus.__name__)", cwd=tmp_path)
 
