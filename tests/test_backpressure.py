@@ -17,7 +17,7 @@ import pytest
 import redis as sync_redis
 from redis.asyncio import Redis
 
-from bus import Bus, Event, InvalidEvent, StreamFull, Topic
+from bus import Bus, Event, InvalidEvent, PublishError, StreamFull, Topic
 from tests.proxy import Proxy
 from tests.servers import ask
 from tests.witness import Witness, eventually
@@ -757,3 +757,40 @@ async def test_who_declares_nothing_keeps_to_the_recorded_marks(url, redis):
             await bus.publish(Poured(n=1))
         (told,) = witness.of("topic.differs")
         assert told["differences"] == "on_full reject recorded, block declared"
+
+
+# --- while callers wait, other things change
+
+
+async def test_those_who_wait_notice_that_the_cap_was_raised(url, redis, monkeypatch):
+    monkeypatch.setattr("bus.streams.topics.RECORD_TTL_S", 0.05)
+    await Follower(redis).come()
+    async with pouring(url, cap(maxlen=20, keep=4)) as (bus, witness):
+        await fill(bus, 20)
+        waiting = asyncio.gather(*map(bus.publish, poured(range(20, 30))))
+        await blocked(witness)
+        record = json.loads(await redis.hget("bus:topics", "cap"))
+        await redis.hset("bus:topics", "cap", json.dumps({**record, "maxlen": 100}))
+        async with asyncio.timeout(SOON_S):
+            await waiting
+    assert await numbers(redis) == list(range(30))
+
+
+async def test_a_server_that_dies_while_callers_wait_is_not_told_as_a_full_stream(private_server):
+    """Whether there is room is not known any more, and no group is to blame."""
+    server = private_server()
+    async with Redis.from_url(server.url) as redis:
+        await Follower(redis).come()
+        async with pouring(server.url, cap(maxlen=20, keep=4), publish_timeout_s=1.0) as (
+            bus,
+            witness,
+        ):
+            await fill(bus, 20)
+            waiting = asyncio.create_task(bus.publish(Poured(n=20)))
+            await blocked(witness)
+            server.kill()
+            for publish in (waiting, bus.publish(Poured(n=21))):
+                with pytest.raises(PublishError) as raised:
+                    await publish
+                assert not isinstance(raised.value, StreamFull), raised.value
+            server.restart()

@@ -130,17 +130,15 @@ class Guard:
         assert self._breaker is not None
         if self._stopping:
             return HAND_BACK
-        full = len(self._holding.condemned) >= BREAKER_MEMORY
-        if full or delivery.origin.stream in self._crowded:
-            # Rather tried once more than dead in what may be an outage. In a lane it can be moved
-            # aside; held here it would hold up a stream that is nearly full.
+        if len(self._holding.condemned) >= BREAKER_MEMORY:
+            # Thousands a second: rather tried once more than dead in what may be an outage.
             return self._spare(delivery, verdict.error)
         delivery.condemned = verdict
         self._holding.condemned[delivery] = now + self.circuit.reach_s
         return None
 
     def _spare_crowding(self) -> None:
-        """Let go of what is held of streams that have filled up since."""
+        """Let go of what is held of nearly full streams: in a lane it can be moved aside."""
         for delivery in [d for d in self._holding.condemned if d.origin.stream in self._crowded]:
             self._spare_condemned(delivery)
 

@@ -375,3 +375,26 @@ async def test_a_group_whose_name_is_no_text_hurts_nobody(
         await bus.publish(Asked(n=1))
         await worker.drained()
     assert witness.of("worker.failed") == witness.of("janitor.failed") == []
+
+
+async def test_a_group_that_pins_little_is_no_alert_however_full_the_stream_is(
+    valkey_url: str, backend: Backend
+) -> None:
+    release = asyncio.Event()
+
+    @event_handler(Asked, group="g")
+    async def read(event: Asked) -> None:
+        if event.n == 0:
+            await release.wait()
+
+    async with Bus.connect(valkey_url, topics=[NARROW]) as bus:
+        witness = Witness(bus)
+        async with Worker(bus, [read]):
+            await bus.publish_many([Asked(n=n) for n in range(80)])
+            await backend.redis.xgroup_create(STREAM, "forgotten", "$")
+            await bus.publish_many([Asked(n=n) for n in range(80, 100)])
+            for _ in range(2):
+                await backend.redis.sadd(f"{STREAM}:workers", "gone")  # a sign that it has been
+                await eventually(lambda: _is_unlisted(backend))
+            assert witness.of("group.pinning") == []  # 10 of 100; the other one is served
+            release.set()
