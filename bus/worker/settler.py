@@ -331,13 +331,16 @@ class Settler:
         names = names_of(delivery)
         if verdict.error is None:
             self._telemetry.emit(
-                "delivery.postponed", **names, delay_s=verdict.delay_s, reason=verdict.reason
+                "delivery.postponed",
+                **names,
+                delay_s=round(verdict.delay_s, 3),
+                reason=verdict.reason,
             )
             return
         self._telemetry.emit(
             "delivery.retried",
             **names,
-            delay_s=verdict.delay_s,
+            delay_s=round(verdict.delay_s, 3),
             error_type=verdict.error.type,
             error=verdict.error.text,
             where=verdict.error.where,
