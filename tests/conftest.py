@@ -82,13 +82,18 @@ def valkey_url(shared_server: Callable[[str], EmbeddedServer]) -> str:
 
 @pytest.fixture
 def private_server() -> Iterator[PrivateServer]:
-    """Make servers to kill, restart and pause, of `server_kind` or one kind; all end here."""
+    """Make servers to kill, restart and pause, of `server_kind` or one kind; all end here.
+
+    aof: what they have answered survives a kill.
+    """
     with ExitStack() as stack:
 
         def make(
             kind: str = DEFAULT, *, aof: bool = False, extra_args: Iterable[str] = ()
         ) -> EmbeddedServer:
             binary = _binary(KINDS[kind])
+            if aof:  # with `everysec`, Redis 7.0 may answer before the write is in its file
+                extra_args = (*extra_args, "--appendfsync", "always")
             return stack.enter_context(EmbeddedServer(binary, aof=aof, extra_args=extra_args))
 
         yield make
