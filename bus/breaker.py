@@ -1,4 +1,4 @@
-"""When a handler stops taking events because nearly all of its calls fail."""
+"""When a handler stops taking events because most of them fail."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,12 @@ from bus.config import (
 class Breaker:
     """An outage of what a handler calls opens it; then the events wait instead of dying.
 
-    failure_ratio: it opens when at least this share of the calls in the window failed, above 0.0
-        to 1.0. A call fails by raising or by its timeout; `Reject` and `RetryLater` are answers.
-    window_s: how far back calls are looked at, in seconds. An event that has used up its attempts
-        is held for so long before it becomes a dead letter, in case the next ones fail as well.
+    failure_ratio: it opens when at least this share of the events called for in the window failed,
+        above 0.0 to 1.0; one that fails several times is one. A call fails by raising or by its
+        timeout; `Reject` and `RetryLater` are answers.
+    window_s: how far back is looked, in seconds; further when calls are slow to fail. An event that
+        has used up its attempts is held for so long before it becomes a dead letter, in case the
+        next ones fail as well.
     min_calls: with fewer calls than these in the window it does not open: one of one is no outage.
     probe_s: while it is open one event is tried every so many seconds; it closes when one works.
     Errors: DeclarationError. The state is that of one handler in one process.

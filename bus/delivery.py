@@ -10,17 +10,19 @@ State is a place that `redis-cli` can show:
 idle = time since the failure; the delivery count stays | due: taken by a worker, count + 1 |
 | orphaned | pending, owner = a worker whose lease is gone, or idle >= visibility | reclaim |
 | acked | in the stream only (in an inbox: nowhere) | trim, once no group needs it |
-| moved | parked entries of a filling stream, then in the group's inbox, with `due` and `attempts` \
-| as appended; parked again until due |
+| moved | the group's inbox, with `origentry`, `attempts` and `due`: it was parked, and held up a \
+stream that is nearly full | `XREADGROUP >`; parked there again until due |
 | dead-lettered | the group's dead-letter stream, with the reason | XDEL, by hand |
 | lost | a pending id whose entry was deleted by hand | acked, counted, told; never silent |
+| overrun | nowhere: `on_full="drop_oldest"` made room | acked, counted in `:overrun`, told |
 
 A *verdict* ends an attempt. The executor decides it (`worker/executor.py`, no I/O); the settler
 brings it to the server in batches (`worker/settler.py`), by scripts that do nothing unless the
 entry is still pending *and still this worker's*:
 
     Ack         the handler returned, or the type was not asked for        XACK
-    Park        it raised, or said RetryLater, or the type is not known    XCLAIM to a lane
+    Park        it raised, or said RetryLater, or the type is not known,   XCLAIM to a lane
+                or there is no room for what it publishes or its dead letter
     DeadLetter  attempts used up, Reject, undecodable, crashed             XADD dead + XACK
     HandBack    never started, or cut off by shutdown or an open breaker   XCLAIM to `parked:0`
 
@@ -29,7 +31,7 @@ Reading and taking from a lane raise it; parking without using an attempt and ha
 it; reclaiming leaves it, and *starting* a reclaimed entry raises it. So a crash counts against
 what was running, and entries that were only fetched lose at most one attempt.
 
-When nearly all calls of a handler fail, its breaker opens (`worker/guard.py`): the failure is not
+When most events of a handler fail, its breaker opens (`worker/guard.py`): the failure is not
 the events'. Nothing starts but a probe; what fails then is parked without using its attempt, and
 what failed in the window before gets its attempts back (`refund.lua`, in the lane). For that
 window `DeadLetter("failed")` is held in the worker's hand, as running; an outage makes it a Park.

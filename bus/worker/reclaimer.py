@@ -125,7 +125,7 @@ class Reclaimer:
             self._wake.clear()
             asked, self._asked = self._asked, set()
             if loop.time() >= next_tick:
-                next_tick = loop.time() + SWEEP_S * random.uniform(0.8, 1.0)  # noqa: S311
+                next_tick = loop.time() + SWEEP_S * random.uniform(0.8, 1.0)  # noqa: S311 - no secret
                 asked = set(self._consumers)
             if asked and not self._stopping:
                 await self._try_sweep([c for c in self._consumers if c in asked])
