@@ -21,6 +21,7 @@ brings it to the server in batches (`worker/settler.py`), by scripts that do not
 entry is still pending *and still this worker's*:
 
     Ack         the handler returned, or the type was not asked for        XACK
+    Commit      it returned and collected effects                          effects + XACK
     Park        it raised, or said RetryLater, or the type is not known,   XCLAIM to a lane
                 or there is no room for what it publishes or its dead letter
     DeadLetter  attempts used up, Reject, undecodable, crashed             XADD dead + XACK
@@ -96,8 +97,14 @@ class HandBack:
     """Unstarted, or cut off by a shutdown or an outage: any worker may take it, no attempt used."""
 
 
-Verdict = Ack | Park | DeadLetter | HandBack
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Handled, with effects (`delivery.effects`): they and the ack are one script."""
+
+
+Verdict = Ack | Commit | Park | DeadLetter | HandBack
 ACK = Ack()
+COMMIT = Commit()
 SKIP = Ack(skipped=True)
 HAND_BACK = HandBack()
 
