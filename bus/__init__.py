@@ -14,8 +14,14 @@ from bus.errors import (
     BusClosed,
     BusError,
     DeclarationError,
+    EffectNotAllowed,
+    EffectsClosed,
+    EffectsFailed,
+    EventLoop,
     EventTooLarge,
+    InvalidEffect,
     InvalidEvent,
+    NoReplyYet,
     NotSupported,
     PermissionDenied,
     PublishError,
@@ -34,11 +40,14 @@ from bus.errors import (
     UnknownEventType,
     WrongKeyType,
 )
+from bus.effects import Effects
 from bus.event import Event
 from bus.handler import Handler, Registry, event_handler
 from bus.history.inspector import Backlog
 from bus.publisher import Receipt
+from bus.reply import Condition, Reply
 from bus.topic import Topic
+from bus.transaction import Transaction
 from bus.worker.supervisor import Worker
 
 __all__ = [
@@ -49,14 +58,22 @@ __all__ = [
     "Bus",
     "BusClosed",
     "BusError",
+    "Condition",
     "DeadLettered",
     "DeclarationError",
     "Delivery",
+    "EffectNotAllowed",
+    "Effects",
+    "EffectsClosed",
+    "EffectsFailed",
     "Envelope",
     "Event",
+    "EventLoop",
     "EventTooLarge",
     "Handler",
+    "InvalidEffect",
     "InvalidEvent",
+    "NoReplyYet",
     "NotSupported",
     "PermissionDenied",
     "PublishError",
@@ -66,6 +83,7 @@ __all__ = [
     "Receipt",
     "Registry",
     "Reject",
+    "Reply",
     "RetryLater",
     "ServerError",
     "ServerRefused",
@@ -74,6 +92,7 @@ __all__ = [
     "StreamFull",
     "Topic",
     "TopicMismatch",
+    "Transaction",
     "Undecodable",
     "UnknownEventType",
     "Worker",

@@ -8,8 +8,10 @@ from typing import Any, Self
 
 import redis.asyncio
 
+from bus.committer import Committer
 from bus.config import MAX_EVENT_BYTES, PRODUCER_MEMORY_S, PUBLISH_TIMEOUT_S, checked_number
-from bus.delivery import Envelope
+from bus.delivery import Delivery, Envelope
+from bus.effects import Effects
 from bus.errors import DeclarationError, NotSupported
 from bus.event import Event
 from bus.history.event_store import history
@@ -25,6 +27,7 @@ from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 from bus.telemetry import Telemetry
 from bus.topic import Topic
+from bus.transaction import Transaction, Transactions
 
 DEFAULT_URL = "redis://localhost:6379/0"
 
@@ -101,6 +104,14 @@ class Bus:
         self.store = StreamStore(self._server, self.telemetry)
         self.topics = TopicTable(self.store, self._declared, self.telemetry)
         self._publisher = Publisher(self.store, self.topics, self.telemetry, **self._settings)
+        self.committer = Committer(self.store, self._publisher, self.telemetry)
+        self._transactions = Transactions(
+            self.store,
+            self._publisher,
+            self.committer,
+            self.telemetry,
+            publish_timeout_s=self._settings["publish_timeout_s"],
+        )
         self._redis: redis.asyncio.Redis | None = None
 
     def _after_fork(self) -> None:
@@ -109,7 +120,9 @@ class Bus:
         The old parts are kept, not closed: closing a socket registered with the parent's event
         loop would unregister it there too, since both processes share the epoll descriptor.
         """
-        self._abandoned.append((self.store, self.topics, self._publisher, self._redis))
+        self._abandoned.append(
+            (self.store, self.topics, self._publisher, self.committer, self._redis)
+        )
         self._wire()
 
     # --- life
@@ -129,6 +142,7 @@ class Bus:
         self._open = False
         forget_after_fork(self._after_fork)
         await self._publisher.close()
+        self.committer.close()
         await self.store.close()
         if self._redis is not None:
             await self._redis.aclose()
@@ -198,6 +212,19 @@ class Bus:
         return await self._publisher.publish_many(
             events, None if source is None else Headers(source=source)
         )
+
+    def transaction(self) -> Transaction:
+        """Return a block that collects effects and applies them, with its events, in one step.
+
+        `async with bus.transaction() as change: change.hset(...); change.publish(...)`: see
+        `Effects` for the commands, `Transaction` for what is known afterwards. One script.
+        Errors: InvalidEffect in the block; at its end EffectsFailed, PublishError, ServerError.
+        """
+        return self._transactions.begin()
+
+    def effects_of(self, delivery: Delivery[Any]) -> Effects:
+        """Return an empty collection of effects: what `delivery.effects` is made of."""
+        return self.committer.effects_of(delivery)
 
     # --- looking back
 

@@ -58,6 +58,14 @@ TOPICS_S = 5.0  # how soon new partitions are read, and a lost topic record is w
 VERDICTS_PER_CALL = 500  # bounds how long one script keeps the server busy
 PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is above
 
+# --- effects: they run in one script, during which the server does nothing else
+EFFECTS = 1_000  # commands of one delivery or transaction, about 2 ms of server
+EFFECT_BYTES = 1024 * 1024
+EFFECT_VALUES = 4_000  # of one command: Lua passes on about 8,000 at a time
+EFFECTS_PER_CALL = 2_000  # commands of all deliveries that share a script call...
+COMMITS_PER_CALL = 200  # ...and deliveries
+CAUSATION_DEPTH = 32  # events that cause events that cause events: more is a loop
+
 # --- the breaker: an outage of what a handler calls kills no event
 BREAKER_FAILURE_RATIO = 0.5  # poison is a small share of the calls, an outage nearly all of them
 BREAKER_WINDOW_S = 10.0  # long enough for min_calls of a slow handler; dead letters wait as long

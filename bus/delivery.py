@@ -45,6 +45,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
+from bus.effects import Effects
 from bus.event import Event
 
 E_co = TypeVar("E_co", bound=Event, covariant=True)
@@ -135,6 +136,7 @@ class Envelope:
     key: what decided the partition, None if the event has none.
     time: UTC; when it happened, or when it was appended if the publisher did not say.
     correlation_id, causation_id: the ids of the first event of the chain, and of its cause.
+    causation_depth: how many causes it has: 0 if no handler published it.
     data: the encoded event. `event` decodes it, each time it is asked for.
     """
 
@@ -150,6 +152,7 @@ class Envelope:
     causation_id: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
+    causation_depth: int = 0
     data: bytes = field(default=b"", repr=False)
     _decode: Callable[[bytes], Event] | None = field(default=None, repr=False, compare=False)
 
@@ -169,6 +172,9 @@ class Publishes(Protocol):
 
     async def publish_many(self, events: Any, /) -> Any:
         """Publish several events."""
+
+    def effects_of(self, delivery: "Delivery[Any]", /) -> Effects:
+        """Return an empty collection of effects for a delivery."""
 
     @property
     def redis(self) -> Any:
@@ -198,6 +204,7 @@ class Delivery(Generic[E_co]):
     """
 
     __slots__ = (
+        "_effects",
         "_envelope",
         "attempt",
         "checked_at",
@@ -235,7 +242,34 @@ class Delivery(Generic[E_co]):
         self.condemned: DeadLetter | None = None  # decided, and held until no outage is in sight
         self.settled = False
         self.ordinals: dict[tuple[str, str], int] | None = None
+        self._effects: Effects | None = None
         self._envelope: Envelope | None = None
+
+    @property
+    def effects(self) -> Effects:
+        """Commands on Redis state that take place with the ack, in one script, or not at all.
+
+        They are applied once per delivery, whatever crashes; see `Effects` for the commands.
+        """
+        if self._effects is None:
+            self._effects = self.origin.bus.effects_of(self)
+            if self.settled:
+                self._effects.close(_TOO_LATE)
+        return self._effects
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether any effect was collected."""
+        return self._effects is not None and len(self._effects) > 0
+
+    def close_effects(self) -> None:
+        """Collect no more: the handler has returned."""
+        if self._effects is not None:
+            self._effects.close(_TOO_LATE)
+
+    def refuse_effects(self, why: str) -> None:
+        """Collect none: what they would take part in is not to be."""
+        self._effects = Effects.none(why)
 
     @property
     def envelope(self) -> Envelope:
@@ -279,6 +313,11 @@ class Delivery(Generic[E_co]):
             f" to {self.group}, attempt {self.attempt}>"
         )
 
+
+_TOO_LATE = (
+    "the handler has returned: its effects are on their way. Collect them before, and await the"
+    " tasks that do"
+)
 
 # What is being handled in this context; set by the slot for each call, void once it is settled.
 current_delivery: ContextVar[Delivery[Any] | None] = ContextVar("current_delivery", default=None)

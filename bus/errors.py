@@ -5,7 +5,12 @@ BusError
 │   ├── NotSupported          the thing asked for is not part of this release
 │   └── TopicMismatch         two processes declare one topic differently; make them agree
 ├── InvalidEvent              this event can never be published; nothing was sent
-│   └── EventTooLarge         its entry is above `max_event_bytes`; publish a reference to the data
+│   ├── EventTooLarge         its entry is above `max_event_bytes`; publish a reference to the data
+│   └── EventLoop             handlers trigger each other for ever: the chain of causes is too long
+├── InvalidEffect             this effect cannot be collected; none of the delivery's take place
+│   ├── EffectNotAllowed      no such effect: only the listed commands may run with an ack
+│   ├── EffectsClosed         collected too late, after the handler or the block had ended
+│   └── NoReplyYet            a reply was used as a value before the server gave it
 ├── Undecodable               an entry's bytes are not the event its type says (reading side)
 │   └── UnknownEventType      no class for this type and version is known to this process
 ├── ServerError               the server cannot be used as it is; the text names the remedy
@@ -16,7 +21,8 @@ BusError
 │   ├── ServerRefused         it answers and takes no writes now: see `.code`
 │   └── WrongKeyType          a key that should be a stream holds something else
 ├── BusClosed                 the bus was closed before; connect again
-└── PublishError              a publish did not end well
+├── EffectsFailed             a transaction's command failed; see `.applied` for what stays
+└── PublishError              a publish or a transaction did not end well
     ├── PublishTimeout        not published: it could not be sent in time
     │   └── PublishRefused    not published: the server answered and refused to the end, see `.code`
     ├── PublishUnknown        sent, and no answer came in time: it may have been published
@@ -48,6 +54,38 @@ class InvalidEvent(BusError):
 
 class EventTooLarge(InvalidEvent):
     """The encoded event is above `max_event_bytes`; nothing was sent."""
+
+
+class EventLoop(InvalidEvent):
+    """The event is caused by an event that is caused by an event ..., more than 32 deep."""
+
+
+class InvalidEffect(BusError):
+    """The effect cannot be collected: a bad key, value or condition, or too many of them."""
+
+
+class EffectNotAllowed(InvalidEffect, AttributeError):
+    """Only a fixed list of commands can be an effect."""
+
+
+class EffectsClosed(InvalidEffect):
+    """The handler has returned, or the transaction is over: nothing more can be collected."""
+
+
+class NoReplyYet(InvalidEffect):
+    """The reply of an effect was used as a value, and the server has not given it."""
+
+
+class EffectsFailed(BusError):
+    """The server refused a command of a transaction.
+
+    applied: the commands before it, which stay: Redis has no rollback. Empty when a key had the
+    wrong type, since types are checked before the first write.
+    """
+
+    def __init__(self, text: str, applied: tuple[str, ...] = ()) -> None:
+        super().__init__(text)
+        self.applied = applied
 
 
 class Undecodable(BusError):
@@ -98,11 +136,11 @@ class BusClosed(BusError):
 
 
 class PublishError(BusError):
-    """A publish did not end well."""
+    """A publish or a transaction did not end well."""
 
 
 class PublishTimeout(PublishError):
-    """The event was certainly not published within `publish_timeout_s`."""
+    """Certainly not published, or not committed, within `publish_timeout_s`."""
 
 
 class PublishRefused(PublishTimeout):
@@ -118,7 +156,7 @@ class PublishRefused(PublishTimeout):
 
 
 class PublishUnknown(PublishError):
-    """The event was sent, and whether it was published is not known."""
+    """Sent, and whether it was published or committed is not known."""
 
 
 class StreamFull(PublishError):

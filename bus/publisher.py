@@ -11,9 +11,8 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
-from hashlib import blake2b
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from tenacity import (
@@ -23,12 +22,15 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from bus.causes import caused_by, derived_id
 from bus.config import UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import Delivery, current_delivery
-from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout, Undecodable
+from bus.effects import Outgoing
+from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout
 from bus.event import Event, EventInfo, info_of
 from bus.sender import Sender, Unit, is_transient
 from bus.streams import keys
+from bus.streams.answers import Limits
 from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
 from bus.streams.connection import Arg
 from bus.streams.replies import REMEDIES, ReplyError
@@ -53,7 +55,7 @@ class Receipt(msgspec.Struct, frozen=True):
 class _Route:
     """Where the events of one class go."""
 
-    __slots__ = ("info", "record", "stale_at", "streams")
+    __slots__ = ("info", "inside", "outside", "record", "stale_at", "streams")
 
     def __init__(
         self, info: EventInfo, record: Record, streams: list[str], stale_at: float
@@ -62,6 +64,14 @@ class _Route:
         self.record = record
         self.streams = streams
         self.stale_at = stale_at  # loop time after which the partition count is asked for again
+        self.inside, self.outside = record.limits(inside=True), record.limits()
+
+    def stream_of(self, routed_by: str) -> str:
+        """Return the stream of an event with this key, or without a key, this id."""
+        streams = self.streams
+        if len(streams) == 1:
+            return streams[0]
+        return streams[keys.partition_of(routed_by, len(streams))]
 
 
 class Publisher:
@@ -87,7 +97,7 @@ class Publisher:
         self._timeout_s = publish_timeout_s
         self._max_event_bytes = max_event_bytes
         self._headers = NO_HEADERS if source is None else Headers(source=source)
-        self._id = secrets.token_hex(8)
+        self.id = secrets.token_hex(8)
         self._ids = _EventIds()
         self._senders: dict[str, Sender] = {}
         self._inside: dict[str, Sender] = {}  # for what handlers publish, which never waits
@@ -105,7 +115,7 @@ class Publisher:
         deadline = now + self._timeout_s
         route = self._routes.get(event.__class__)
         if route is None or now >= route.stale_at or self._unrouted:
-            route = await self._route(event, deadline)
+            route = await self._route(event.__class__, deadline)
         event_id, stream, args, size = self._encoded(route, event, event_id, headers)
         sender = self._sender(stream, route)
         ms, at = await sender.add(Unit(1, size, [1, *args], deadline))
@@ -120,7 +130,7 @@ class Publisher:
         routes: dict[str, _Route] = {}
         total = 0
         for position, event in enumerate(events):
-            route = await self._route(event, deadline)
+            route = await self._route(event.__class__, deadline)
             event_id, stream, args, size = self._encoded(route, event, None, headers)
             by_stream.setdefault(stream, []).append((position, event_id, args, size))
             routes[stream] = route
@@ -159,34 +169,68 @@ class Publisher:
     def _encoded(
         self, route: _Route, event: Event, event_id: str | None, headers: Headers | None
     ) -> tuple[str, str, list[Arg], int]:
-        info = route.info
+        cause = current_delivery.get()
+        event_id, routed_by, fields, size = self._prepared(
+            route.info, event, event_id, headers, cause
+        )
+        return event_id, route.stream_of(routed_by), [len(fields), *fields], size
+
+    def _prepared(
+        self,
+        info: EventInfo,
+        event: Event,
+        event_id: str | None,
+        headers: Headers | None,
+        cause: Delivery[Any] | None,
+    ) -> tuple[str, str, list[Arg], int]:
+        """Return event id, what decides the partition, the entry's fields and their size."""
         key = key_of(info, event)
         headers = self._headers if headers is None else _with_source(headers, self._headers)
-        cause = current_delivery.get()
         if cause is not None and not cause.settled:
-            event_id = event_id or _derived_id(cause, info.type, key)
-            headers = _caused_by(cause, headers)
+            headers = caused_by(cause, info.type, headers)
+            event_id = event_id or derived_id(cause, info.type, key)
         elif event_id is None:
             event_id = self._ids.next()
         fields, size = encode(info, event, event_id, key, headers, self._max_event_bytes)
-        streams = route.streams
-        stream = (
-            streams[0]
-            if len(streams) == 1
-            else streams[keys.partition_of(key if key is not None else event_id, len(streams))]
-        )
-        return event_id, stream, [len(fields), *fields], size
+        routed_by = event_id if key is None else key
+        return event_id, routed_by, cast(list[Arg], fields), size
 
-    async def _route(self, event: Event, deadline: float) -> _Route:
-        route = self._fresh_route(event.__class__)
+    # --- as effects
+
+    def outgoing(
+        self,
+        event: Event,
+        event_id: str | None,
+        headers: Headers | None,
+        cause: Delivery[Any] | None,
+    ) -> Outgoing:
+        """Make an event ready to be appended by a script of others; see `place`."""
+        if not isinstance(event, Event):
+            raise _no_event(event.__class__)
+        info = info_of(event.__class__)
+        return Outgoing(info.cls, *self._prepared(info, event, event_id, headers, cause))
+
+    async def place(
+        self, sent: Outgoing, deadline: float, *, inside: bool
+    ) -> tuple[str, Limits, bool]:
+        """Return the stream of an event, how long it may grow, and whether one waits for room.
+
+        deadline: loop time until which the topic's record is asked for. Errors: as `publish`.
+
+        inside: for handlers, which may use the reserve.
+        """
+        route = self._fresh_route(sent.cls) or await self._route(sent.cls, deadline)
+        if inside:
+            return route.stream_of(sent.routed_by), route.inside, False
+        return route.stream_of(sent.routed_by), route.outside, route.record.on_full == "block"
+
+    async def _route(self, cls: type[Event], deadline: float) -> _Route:
+        route = self._fresh_route(cls)
         if route is not None and not self._unrouted:
             return route
-        if not isinstance(event, Event):
-            raise InvalidEvent(
-                f"only events can be published, not {type(event).__name__}:"
-                " declare a class X(Event, type='family.what_happened')"
-            )
-        info = info_of(event.__class__)
+        if not issubclass(cls, Event):
+            raise _no_event(cls)
+        info = info_of(cls)
         # First in, first out, per topic: what comes later must not overtake those that wait here.
         lock = self._routing.setdefault(info.topic, asyncio.Lock())
         since = asyncio.get_running_loop().time()
@@ -251,7 +295,7 @@ class Publisher:
         senders = self._inside if inside else self._senders
         sender = senders.get(stream)
         if sender is None:
-            own_id = f"{self._id}-handlers" if inside else self._id
+            own_id = f"{self.id}-handlers" if inside else self.id
             sender = senders[stream] = Sender(
                 stream,
                 own_id,
@@ -299,33 +343,11 @@ def _with_source(headers: Headers, defaults: Headers) -> Headers:
     return headers if headers.source is not None else headers._replace(source=defaults.source)
 
 
-def _caused_by(cause: Delivery[Any], headers: Headers) -> Headers:
-    event_id, correlation_id = _ids_of(cause)
-    return headers._replace(
-        causation_id=headers.causation_id or event_id,
-        correlation_id=headers.correlation_id or correlation_id,
+def _no_event(cls: type) -> InvalidEvent:
+    return InvalidEvent(
+        f"only events can be published, not {cls.__name__}:"
+        " declare a class X(Event, type='family.what_happened')"
     )
-
-
-def _ids_of(cause: Delivery[Any]) -> tuple[str, str]:
-    """Return event id and correlation id of a delivery; on_dead may run for one that has none."""
-    try:
-        envelope = cause.envelope
-    except Undecodable:
-        return cause.entry_id.decode(), cause.entry_id.decode()
-    return envelope.event_id, envelope.correlation_id or envelope.event_id
-
-
-def _derived_id(cause: Delivery[Any], type: str, key: str | None) -> str:
-    """Return an id that a retry of the same delivery makes again for the same publish."""
-    ordinals = cause.ordinals
-    if ordinals is None:
-        ordinals = cause.ordinals = {}
-    ordinal = ordinals[type, key or ""] = ordinals.get((type, key or ""), 0) + 1
-    parts = (_ids_of(cause)[0], cause.group, type, key or "", str(ordinal))
-    # Lengths in front: ("ab", "c") and ("a", "bc") must not meet.
-    text = "".join(f"{len(p)}:{p}" for p in parts)
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 class _EventIds:

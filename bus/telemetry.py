@@ -58,6 +58,10 @@ EVENTS: dict[str, Emitted] = {
         _W, ("group", "error_type", "error"), "a read failed; what it delivered is recovered first"
     ),
     "delivery.acked": Emitted(_D, ("stream", "group", "count"), "handled and done"),
+    "effects.published": Emitted(
+        _D, ("stream", "count"), "events appended as effects, of deliveries or a transaction"
+    ),
+    "transaction.committed": Emitted(_D, ("commands", "duration_s"), "state and events are in"),
     "delivery.skipped": Emitted(
         _D, ("stream", "group", "count"), "acked: of a type the handler did not ask for"
     ),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 RawEntry = tuple[bytes, list[bytes]]
 
@@ -65,6 +65,44 @@ class Buried(IntEnum):
     REFUSED = 0
     YES = 1
     FULL = 2
+
+
+class Fate(IntEnum):
+    """What became of effects.
+
+    refused: another worker's, or applied before. full: no room in a stream, nothing was done.
+    failed: a command was refused, and the delivery is a dead letter. invalid: never sent.
+    """
+
+    REFUSED = 0
+    DONE = 1
+    FULL = 2
+    FAILED = 3
+    INVALID = 4
+
+
+class Committed(NamedTuple):
+    """The fate of one delivery's effects, or of a transaction.
+
+    stream, pinned: of FULL. error, applied: of FAILED and INVALID. replies: of a transaction that
+    is DONE, per command whether it ran, and its reply.
+    """
+
+    fate: Fate
+    stream: str = ""
+    pinned: Pinned | None = None
+    error: str = ""
+    applied: tuple[str, ...] = ()
+    replies: tuple[tuple[bool, Any], ...] = ()
+
+
+class Looked(NamedTuple):
+    """A look for room in a stream, made on the way: who pins it, ghosts and dropped by group."""
+
+    stream: str
+    pinned: Pinned | None
+    lost: dict[str, list[str]]
+    dropped: dict[str, int]
 
 
 class Started(IntEnum):

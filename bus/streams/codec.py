@@ -35,9 +35,18 @@ class Headers(NamedTuple):
     causation_id: str | None = None
     traceparent: str | None = None
     tracestate: str | None = None
+    depth: str | None = None
 
 
-_NAMES = ("source", "time", "correlationid", "causationid", "traceparent", "tracestate")
+_NAMES = (
+    "source",
+    "time",
+    "correlationid",
+    "causationid",
+    "traceparent",
+    "tracestate",
+    "causationdepth",
+)
 NO_HEADERS = Headers()
 
 
@@ -274,6 +283,7 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope
         causation_id=text(b"causationid"),
         traceparent=text(b"traceparent"),
         tracestate=text(b"tracestate"),
+        causation_depth=_depth(found.get(b"causationdepth", b"0")),
         data=located.data or b"",
         _decode=decode_late,
     )
@@ -282,6 +292,11 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope
 def envelope_of(delivery: Delivery[Any]) -> Envelope:
     """Make the envelope of a delivery. Errors: Undecodable."""
     return open_envelope(delivery.origin.home, original_id(delivery), delivery.fields)
+
+
+def _depth(digits: bytes) -> int:
+    """Read how many causes an event has; what no bus wrote counts as none."""
+    return int(digits) if digits.isdigit() and len(digits) <= 9 else 0  # noqa: PLR2004 - int, not a DoS
 
 
 def _time(text: str | None, entry_id: bytes) -> datetime:

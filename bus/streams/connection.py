@@ -41,6 +41,8 @@ def pack(command: tuple[Arg, ...]) -> bytes:
 class Server(Protocol):
     """Which connection serves which key. The seam where Sentinel and Cluster enter."""
 
+    clustered: bool  # whether it is a node of a Cluster; found out by `check_server`
+
     @property
     def redacted(self) -> str:
         """The address, without a password."""

@@ -10,6 +10,8 @@
     bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
     bus:{document:0}:chore:<name>       string, expires: whose turn that chore is
     bus:{document:0}:pub:<publisher>    string, expires: a publisher's last batch
+    bus:tx:<publisher>:<n>              string, expires: its last transaction but those under way;
+                                        on a Cluster `bus:{<tag>}:tx:...`, beside what it touches
 
 Everything of a partition has the hash tag `{topic:partition}`, so one script may touch it all.
 A group's inbox is read like its stream and shares the stream's leases, turns and dead letters, so
@@ -18,6 +20,8 @@ the functions below take the key of either.
 
 from collections.abc import Iterable
 from zlib import crc32
+
+from redis.crc import key_slot
 
 TOPICS = "bus:topics"
 PROBE = "bus:probe"
@@ -87,6 +91,26 @@ def overrun(stream_key: str) -> str:
 def producer(stream_key: str, publisher: str) -> str:
     """Return the key under which the server remembers a publisher's last batch."""
     return f"{stream_key}:pub:{publisher}"
+
+
+def transaction(publisher: str, ticket: int, tag: bytes | None) -> bytes:
+    """Return the key under which the server remembers a transaction.
+
+    tag: on a Cluster that of what it touches, see `tag_of`.
+    """
+    place = b"bus:tx:" if tag is None else b"bus:{" + tag + b"}:tx:"
+    return place + f"{publisher}:{ticket}".encode()
+
+
+def tag_of(key: bytes) -> bytes:
+    """Return the part of a key that decides its slot on a Cluster: what is in its first braces."""
+    inner = key.partition(b"{")[2].partition(b"}")
+    return inner[0] if inner[0] and inner[1] else key
+
+
+def slot_of(key: bytes) -> int:
+    """Return the slot of a key on a Cluster."""
+    return key_slot(key)
 
 
 def wire(name: str) -> bytes:

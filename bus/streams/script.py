@@ -17,7 +17,7 @@ class Script:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._text = _INCLUDE.sub(lambda line: _read(line[1]), _read(name)).encode()
+        self._text = _included(name).encode()
         self._by_digest = hashlib.sha1(self._text, usedforsecurity=False).hexdigest()
 
     def packed(self, keys: tuple[Arg, ...], args: list[Arg]) -> bytes:
@@ -50,5 +50,7 @@ _INCLUDE = re.compile(r"^ *-- include (\w+)\n", re.MULTILINE)
 
 
 @cache
-def _read(name: str) -> str:
-    return (resources.files("bus.streams") / "scripts" / f"{name}.lua").read_text(encoding="utf-8")
+def _included(name: str) -> str:
+    """Return the text of a script, with what it includes, and what that includes."""
+    file = resources.files("bus.streams") / "scripts" / f"{name}.lua"
+    return _INCLUDE.sub(lambda line: _included(line[1]), file.read_text(encoding="utf-8"))

@@ -37,6 +37,7 @@ class Standalone:
 
     def __init__(self, address: Address) -> None:
         self.address = address
+        self.clustered = False
 
     @property
     def redacted(self) -> str:
@@ -101,8 +102,9 @@ async def check_server(  # noqa: C901 - one branch a reason to refuse
     """Refuse a server that cannot keep our promises, with the remedy in the error.
 
     PING; a probe for 6.2 by XADD NOMKSTREAM on a key that does not exist (adds nothing);
-    maxmemory-policy from INFO, since CONFIG is forbidden on most hosted servers. Three commands
-    in one write. Errors: the ServerError family.
+    maxmemory-policy from INFO, since CONFIG is forbidden on most hosted servers; whether it is a
+    node of a Cluster, noted in `server`. Four commands in one write. Errors: the ServerError
+    family.
     """
     packed = b"".join(
         pack(c)
@@ -110,11 +112,12 @@ async def check_server(  # noqa: C901 - one branch a reason to refuse
             ("PING",),
             ("XADD", PROBE, "NOMKSTREAM", "*", "probe", "1"),
             ("INFO", "memory"),
+            ("INFO", "cluster"),
         )
     )
     where = server.redacted
     try:
-        ping, probe, info = await connection.submit(packed, 3)
+        ping, probe, info, cluster = await connection.submit(packed, 4)
     except ConnectionLost as error:
         if "no answer" in str(error):
             raise ServerUnreachable(f"{where} accepts connections and gives {error}") from None
@@ -138,6 +141,7 @@ async def check_server(  # noqa: C901 - one branch a reason to refuse
         raise ServerUnsuitable(
             f"the server at {where} lacks XADD NOMKSTREAM: Redis 6.2, Valkey 7.2 or newer is needed"
         )
+    server.clustered = isinstance(cluster, bytes) and b"cluster_enabled:1" in cluster
     if isinstance(info, bytes) and not allow_eviction:
         policy = re.search(rb"maxmemory_policy:(\S+)", info)
         if policy and policy[1].startswith(b"allkeys-"):

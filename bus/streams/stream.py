@@ -13,7 +13,10 @@ from bus.streams import keys
 from bus.streams.answers import (
     Appended,
     Buried,
+    Committed,
+    Fate,
     Limits,
+    Looked,
     Pinned,
     RawEntry,
     Renewed,
@@ -31,6 +34,7 @@ from bus.telemetry import Telemetry
 
 _append, _room, _record_topic = Script("append"), Script("room"), Script("record_topic")
 _ack, _park, _dead_letter = Script("ack"), Script("park"), Script("dead_letter")
+_commit = Script("commit")
 _renew, _start, _recover = Script("renew"), Script("start"), Script("recover")
 _take_due, _take_parked, _refund = Script("take_due"), Script("take_parked"), Script("refund")
 _move_parked, _retain = Script("move_parked"), Script("retain")
@@ -47,6 +51,11 @@ class StreamStore:
         self.leases = Leases(self.commands)
         self._publishing = Connection(server, "publishing", telemetry)
         self._history = Connection(server, "history", telemetry)
+
+    @property
+    def clustered(self) -> bool:
+        """Whether keys have slots; known once the server was checked."""
+        return self._server.clustered
 
     async def close(self) -> None:
         """Close the connections."""
@@ -93,7 +102,7 @@ class StreamStore:
             taken,
             bool(repeated),
             room,
-            {keys.text(g): n for g, n in zip(dropped[::2], dropped[1::2], strict=True)},
+            _counts(dropped),
         )
 
     async def room(self, stream: str, limits: Limits, entries: int, *, urgent: bool = True) -> Room:
@@ -250,6 +259,32 @@ class StreamStore:
         reply = await _dead_letter.run(self.commands, (stream, target), args)
         return [Buried(n) for n in reply]
 
+    async def commit(
+        self,
+        target: tuple[Arg, ...],
+        group: str,
+        owner: str,
+        keys_touched: Iterable[Arg],
+        units: Iterable[list[Arg]],
+    ) -> tuple[list[Committed], list[Looked], dict[str, int]]:
+        """Apply effects and ack, all in one step per delivery; or a transaction. `commit.lua`.
+
+        target: the stream or inbox and its dead letters; only the memory of a transaction.
+        group, owner: "" and the sequence for a transaction. units: per delivery its arguments.
+        Returns their fates, looks for room, and events appended by stream.
+        3-6 us of server per delivery with a command or two.
+        """
+        args: list[Arg] = [group, owner, PRODUCER_MEMORY_S]
+        for unit in units:
+            args += unit
+        on = self.commands if group else self._publishing
+        answers, looked, appended = await _commit.run(on, (*target, *keys_touched), args)
+        looks = [
+            Looked(stream.decode(), _pinned(who), _by_group(ghosts), _counts(dropped))
+            for stream, who, ghosts, dropped in zip(*(looked[i::4] for i in range(4)), strict=True)
+        ]
+        return [_committed(a) for a in answers], looks, _counts(appended)
+
     async def renew(self, stream: str, group: str, consumer: str, ids: Sequence[bytes]) -> Renewed:
         """Reset the idle time of what is held; the delivery counts stay. `renew.lua`."""
         reply = await _renew.run(self.commands, (stream,), [group, consumer, *ids])
@@ -360,6 +395,29 @@ def _by_group(flat: Sequence[bytes]) -> dict[str, list[str]]:
     for group, entry_id in zip(flat[::2], flat[1::2], strict=True):
         found.setdefault(keys.text(group), []).append(entry_id.decode())
     return found
+
+
+def _counts(flat: Sequence[Any]) -> dict[str, int]:
+    """Return {group: number} of a flat list of pairs."""
+    return {keys.text(g): n for g, n in zip(flat[::2], flat[1::2], strict=True)}
+
+
+_DONE, _REFUSED = Committed(Fate.DONE), Committed(Fate.REFUSED)
+
+
+def _committed(answer: Reply) -> Committed:
+    if answer == 1:
+        return _DONE
+    if answer == 0:
+        return _REFUSED
+    fate, first, second = answer
+    if fate == Fate.FULL:
+        return Committed(Fate.FULL, stream=first.decode(), pinned=_pinned(second))
+    if fate == Fate.FAILED:
+        applied = tuple(second.decode(errors="replace").split("\n")) if second else ()
+        return Committed(Fate.FAILED, error=first.decode(errors="replace"), applied=applied)
+    replies = tuple((bool(ran), reply) for ran, reply in zip(first, second, strict=True))
+    return Committed(Fate.DONE, replies=replies)
 
 
 def _taken(reply: Reply) -> Taken:

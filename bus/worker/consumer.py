@@ -15,8 +15,9 @@ from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+from bus.committer import Committer
 from bus.config import WAITED_S
-from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Publishes, Verdict
+from bus.delivery import ACK, COMMIT, HAND_BACK, DeadLetter, Delivery, Publishes, Verdict
 from bus.errors import BusError
 from bus.handler import Handler
 from bus.streams.answers import RawEntry, Taken
@@ -25,6 +26,7 @@ from bus.streams.keys import home
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.circuit import Circuit
+from bus.worker.commits import Commits
 from bus.worker.demand import Demand
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
 from bus.worker.guard import Guard
@@ -51,6 +53,7 @@ class Consumer:
         store: StreamStore,
         bus: Publishes,
         telemetry: Telemetry,
+        committer: Committer,
         *,
         concurrency: int,
         lease_s: float,
@@ -94,6 +97,7 @@ class Consumer:
             telemetry,
             self._retries.parked,
             self.look_again,
+            Commits(committer, name, telemetry, self._on_dead.tell_late, self._doom),
             dead_letter_maxlen=handler.dead_letter_maxlen or 0,
         )
         refunds = Refunds(store, self.group, self.hands, telemetry)
@@ -178,6 +182,7 @@ class Consumer:
         while self._settler.has_work:  # noqa: ASYNC110 - at stop only
             await asyncio.sleep(0.002)
         await self._guard.finish()
+        await self._on_dead.finish()
 
     def cancel_calls(self) -> int:
         """Cancel the calls that still run, to be handed back uncounted; return how many."""
@@ -266,6 +271,12 @@ class Consumer:
             self._settler.settle(self.holding.of(delivery), delivery, HAND_BACK)
         return len(back)
 
+    def _doom(self, delivery: Delivery[Any], verdict: DeadLetter) -> None:
+        """Let a slot tell on_dead and settle one whose effects can never be applied."""
+        delivery.condemned = verdict
+        self.holding.buffer.append(delivery)
+        self._wake_slots(1)
+
     # --- what the guard asks for
 
     def shut(self) -> None:
@@ -345,9 +356,12 @@ class Consumer:
         slot.started_at = 0.0
         if slot.task is not None and slot.task.cancelling():
             await self._end_cancelled(slot.task, delivery, verdict)
-        if verdict is ACK:
+        if verdict is ACK or verdict is COMMIT:
             self.returned += 1
-            self._settler.ack(delivery)
+            if verdict is ACK:
+                self._settler.ack(delivery)
+            else:
+                self._settler.settle(self.holding.of(delivery), delivery, verdict)
             if self._circuit.on_probation:
                 self._circuit.vouch(now, parked=delivery.parked)
         elif (judged := self._guard.judge(delivery, verdict, now)) is not None:

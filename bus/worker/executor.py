@@ -20,6 +20,7 @@ from bus.config import (
 )
 from bus.delivery import (
     ACK,
+    COMMIT,
     HAND_BACK,
     SKIP,
     DeadLetter,
@@ -178,7 +179,7 @@ class Executor:
                 coroutine = self._call(delivery.event)
             waiting_for = context.run(coroutine.send, None)
         except StopIteration:
-            return ACK
+            return _succeeded(delivery)
         except BaseException as error:
             return self._verdict_of(error, slot, delivery)
         rest = _Resumed(coroutine, context, waiting_for)
@@ -188,11 +189,12 @@ class Executor:
             if rest.closed:
                 raise
             return self._verdict_of(error, slot, delivery)
-        return ACK
+        return _succeeded(delivery)
 
     async def call_on_dead(self, slot: Slot, told: DeadLettered, bus: Publishes) -> Failure | None:
         """Run `on_dead` in the slot like a handler; return what it raised, None if nothing."""
         assert self._handler.on_dead is not None
+        told.delivery.refuse_effects("a dead letter has no effects: use bus.transaction()")
         current_delivery.set(told.delivery)
         context = copy_context()
         slot.cancel_reason = ""
@@ -228,6 +230,14 @@ class Executor:
         if delivery.attempt >= self._handler.max_attempts:
             return DeadLetter("failed", failure)
         return Park(self._handler.backoff.delay_s(delivery.attempt), failure)
+
+
+def _succeeded(delivery: Delivery[Any]) -> Verdict:
+    """Return what a call that returned means for one delivery."""
+    if not delivery.has_effects:
+        return ACK
+    delivery.close_effects()
+    return COMMIT
 
 
 def _postponed(error: BaseException) -> Park | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Container
 from typing import Any, Protocol
 
 from bus.config import BREAKER_MEMORY
-from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Failure, Park, Verdict
+from bus.delivery import ACK, COMMIT, HAND_BACK, DeadLetter, Delivery, Failure, Park, Verdict
 from bus.handler import Handler
 from bus.telemetry import Telemetry
 from bus.worker.circuit import Circuit
@@ -90,10 +90,10 @@ class Guard:
         if not self.circuit.was_probe(started_at):
             return  # another one has closed it meanwhile
         outcome = "failed" if failure_in(verdict) else "undecided"
-        if verdict is ACK:
+        if verdict is ACK or verdict is COMMIT:
             outcome = "worked"
         self._telemetry.emit("breaker.probed", group=self._handler.group, outcome=outcome)
-        if verdict is ACK:
+        if outcome == "worked":
             self._close()
 
     def _spare(self, delivery: Delivery[Any], failure: Failure) -> Park:

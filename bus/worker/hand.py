@@ -45,8 +45,9 @@ class Hand(Origin):
         is renewed.
     acks, acking: ids that were handled and are not yet acked on the server, waiting and on their
         way; their bodies are gone already.
-    away: verdicts other than acks that are on their way. acks_pause, parks_pause, dead_pause: after
-        the server refused some. singly: send dead letters one by one, since it refused one for what
+    commits, committing: deliveries with effects, waiting and on their way.
+    away: parks and dead letters that are on their way. acks_pause, ...: after the server refused
+        some of that kind. singly: send dead letters one by one, since it refused one for what
         it is.
     unburied: ids that found the dead letters full, until they are buried: their on_dead was told.
     Nothing in any of them is taken up a second time by recovery or reclaim.
@@ -56,10 +57,13 @@ class Hand(Origin):
     acks: list[bytes] = field(default_factory=list)
     acking: list[bytes] = field(default_factory=list)
     skipped: int = 0
+    commits: list[Delivery[Any]] = field(default_factory=list)
+    committing: int = 0
     parks: list[tuple[Delivery[Any], Park | HandBack]] = field(default_factory=list)
     dead: list[tuple[Delivery[Any], DeadLetter]] = field(default_factory=list)
     away: int = 0
     acks_pause: Pause = field(default_factory=Pause)
+    commits_pause: Pause = field(default_factory=Pause)
     parks_pause: Pause = field(default_factory=Pause)
     dead_pause: Pause = field(default_factory=Pause)
     singly: bool = False
@@ -78,7 +82,7 @@ class Hand(Origin):
     @property
     def has_verdicts(self) -> bool:
         """Whether anything waits to be brought to the server."""
-        return bool(self.acks or self.parks or self.dead)
+        return bool(self.acks or self.commits or self.parks or self.dead)
 
 
 class Holding:

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from bus.config import DEAD_LETTERS_FULL_PARK_S, READ_COUNT
-from bus.delivery import SKIP, Ack, DeadLetter, Delivery, HandBack, Park, Verdict
+from bus.delivery import SKIP, Ack, Commit, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
 from bus.shortage import tell_lost
 from bus.streams.answers import Buried
@@ -20,6 +20,7 @@ from bus.streams.connection import Arg, ConnectionLost
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from bus.worker.commits import Commits, together
 from bus.worker.hand import Hand, Pause, chunks, names_of, texts
 
 BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
@@ -42,6 +43,7 @@ class Settler:
         telemetry: Telemetry,
         parked: Parked,
         relieved: Callable[[], None],
+        commits: Commits,
         *,
         dead_letter_maxlen: int = 0,
     ) -> None:
@@ -51,6 +53,7 @@ class Settler:
         self._telemetry = telemetry
         self._parked = parked  # told (hand, lane, entry id, delay_s) of each entry that will be due
         self._dead_letter_maxlen = dead_letter_maxlen  # of one partition; 0 for no limit
+        self._commits = commits
         self._relieved = relieved  # told when verdicts have gone, so that reading may go on
         self._loaded: set[Hand] = set()  # those with verdicts, waiting or on their way
         self._wanted: asyncio.Future[None] | None = None
@@ -67,7 +70,8 @@ class Settler:
     def is_behind(self) -> bool:
         """Whether so many verdicts wait that nothing more should be read for now."""
         return any(
-            len(h.acks) + len(h.acking) > BEHIND or len(h.parks) + len(h.dead) + h.away > READ_COUNT
+            len(h.acks) + len(h.acking) + len(h.commits) + h.committing > BEHIND
+            or len(h.parks) + len(h.dead) + h.away > READ_COUNT
             for h in self._loaded
         )
 
@@ -87,6 +91,8 @@ class Settler:
             hand.held.pop(delivery.entry_id, None)
             hand.acks.append(delivery.entry_id)
             hand.skipped += verdict is SKIP
+        elif isinstance(verdict, Commit):
+            hand.commits.append(delivery)
         elif isinstance(verdict, DeadLetter):
             hand.dead.append((delivery, verdict))
         else:
@@ -150,6 +156,7 @@ class Settler:
         done = True
         for pause, apply in (
             (hand.acks_pause, self._apply_acks),
+            (hand.commits_pause, self._apply_commits),
             (hand.parks_pause, self._apply_parks),
             (hand.dead_pause, self._apply_dead),
         ):
@@ -168,6 +175,20 @@ class Settler:
         if skipped:
             self._emit("delivery.skipped", hand, count=skipped)
         hand.acks_pause.after(ok=not failed)
+        return not failed
+
+    async def _apply_commits(self, hand: Hand) -> bool:
+        commits, hand.commits = hand.commits, []
+        hand.committing = len(commits)
+        failed: list[Delivery[Any]] = []
+        for part in together(commits):
+            ids = [d.entry_id for d in part]
+            apply = partial(self._commits.apply, hand, part, self._came_through)
+            if failed or not await self._attempt(hand, ids, apply):
+                failed += part
+        hand.commits += failed
+        hand.committing = 0
+        hand.commits_pause.after(ok=not failed)
         return not failed
 
     async def _apply_parks(self, hand: Hand) -> bool:
@@ -351,6 +372,7 @@ def _kinds(hand: Hand) -> tuple[tuple[Sequence[Any], Pause], ...]:
     """Return each kind of verdict that waits, and its pause."""
     return (
         (hand.acks, hand.acks_pause),
+        (hand.commits, hand.commits_pause),
         (hand.parks, hand.parks_pause),
         (hand.dead, hand.dead_pause),
     )

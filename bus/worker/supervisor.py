@@ -16,6 +16,7 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from bus.committer import Committer
 from bus.config import (
     GRACE_S,
     JANITOR_S,
@@ -49,6 +50,7 @@ class WorkersBus(Publishes, JanitorsBus, Protocol):
     """What a worker needs of a bus."""
 
     topics: TopicTable
+    committer: Committer
 
     @property
     def address(self) -> str:
@@ -104,6 +106,7 @@ class Worker:
                 self._store,
                 bus,
                 self._telemetry,
+                bus.committer,
                 concurrency=concurrency or handler.concurrency,
                 lease_s=self._lease_s,
                 turn=turn,

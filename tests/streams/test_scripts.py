@@ -86,9 +86,9 @@ def test_every_script_is_a_verb_of_the_store():
     assert loaded == set(VERBS)
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", sorted(set(VERBS) - {"commit"}))
 def test_scripts_touch_only_the_keys_they_were_given(name):
-    """A key made inside a script breaks on a Cluster."""
+    """A key made inside a script breaks on a Cluster. For `commit` see tests/test_committer.py."""
     text = (FOLDER / f"{name}.lua").read_text()
     first = re.findall(r"redis\.call\('[A-Z]+', *(?:'[A-Z]+', *)?([^,)]+)", text)
     assert all(re.fullmatch(r"KEYS\[\d\]", key) for key in first)

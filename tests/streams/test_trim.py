@@ -12,7 +12,7 @@ import pytest
 from bus.streams import keys
 from bus.streams.address import parse_url
 from bus.streams.answers import Limits
-from bus.streams.script import _read
+from bus.streams.script import _included
 from bus.streams.server import Standalone
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
@@ -374,7 +374,7 @@ async def test_ids_of_any_length_are_compared_by_their_numbers(store):
         end
         return lines
     """
-    lines = await store.commands.call("EVAL", _read("_trim") + script, 0, *MANY_IDS)
+    lines = await store.commands.call("EVAL", _included("_trim") + script, 0, *MANY_IDS)
     numbers = [as_id(i) for i in MANY_IDS]
     for a, line in zip(numbers, lines, strict=True):
         assert line.decode() == "".join("<" if a < b else "." for b in numbers), a
@@ -386,7 +386,7 @@ async def test_the_id_after_another_leaves_nothing_out(store):
         for i, a in ipairs(ARGV) do after_each[i] = after(a) end
         return after_each
     """
-    followers = await store.commands.call("EVAL", _read("_trim") + script, 0, *MANY_IDS)
+    followers = await store.commands.call("EVAL", _included("_trim") + script, 0, *MANY_IDS)
     for (ms, low), follower in zip(map(as_id, MANY_IDS), map(as_id, followers), strict=True):
         # Where a number of the script cannot count on, the id itself: one entry more is kept.
         assert follower == ((ms, low + 1) if low < 2**53 else (ms, low))

@@ -207,7 +207,7 @@ class Graves:
 def settler_of(hands: dict[str, Hand], store: Graves) -> Settler:
     def ignore(*_: Any) -> None: ...
 
-    return Settler(store, "me", hands, Telemetry(), ignore, ignore)  # type: ignore[arg-type]
+    return Settler(store, "me", hands, Telemetry(), ignore, ignore, None)  # type: ignore[arg-type]
 
 
 def own_hand() -> Hand:

@@ -25,25 +25,8 @@ if memory then
 end
 local keep, slack, most = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local units, total = tonumber(ARGV[7]), tonumber(ARGV[8])
-local length = redis.call('XLEN', KEYS[1])
-local found
-local over = length + total - keep
--- Looked at once per `slack` entries: at the mark, and when a slow group holds the trimming up.
-if length + total > most
-  or (over >= slack and math.floor(over / slack) > math.floor((length - keep) / slack)) then
-  if length > 0 then
-    -- include _trim
-    local who, lost, floor, dropped
-    -- Whole nodes are up to 100 entries: a small stream needs single ones to go, to stand at keep.
-    length, who, lost, floor = trim(KEYS[1], keep, length,
-      math.max(length + total - most, over - math.floor(slack / 2)), math.max(total, 100))
-    if ARGV[6] == '1' and length + total > most then
-      length, dropped = drop_oldest(KEYS[1], keep, length, length + total - most)
-      for i = 1, #dropped, 2 do redis.call('HINCRBY', KEYS[3], dropped[i], dropped[i + 1]) end
-    end
-    found = {pinned_by(who, floor), lost, dropped or {}}
-  end
-end
+local stream, overrun, drop, length, found = KEYS[1], KEYS[3], ARGV[6], nil, nil
+-- include _look
 local at, events, taken, first, ms, low = 9, 0, 0, nil, nil, nil
 while taken < units do
   local in_unit = tonumber(ARGV[at])

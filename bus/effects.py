@@ -1,0 +1,425 @@
+"""Effects: commands on Redis state that take place in one script, with the ack or not at all.
+
+A handler (or a transaction) collects them here; nothing is sent until it has returned. So an
+effect has no reply yet when it is collected. A decision about state is made where the state is:
+
+    left = delivery.effects.hincrby(quota, "tokens", -used)
+    delivery.effects.publish(QuotaExceeded(...), when=left.between(-used, -1))
+
+Only the methods below are there: the server would let anything pass inside a script, FLUSHALL too.
+
+How they are applied (`streams/scripts/commit.lua`): the types of the keys are checked before the
+first write, then the commands run in the order of collection. Redis has no rollback: if a command
+fails all the same (no integer, overflow), what was written before it stays.
+
+This file is pure: it checks, and writes the commands down in the form the script takes.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+from bus.config import EFFECT_BYTES, EFFECT_VALUES, EFFECTS
+from bus.errors import EffectNotAllowed, EffectsClosed, InvalidEffect, NoReplyYet
+from bus.event import Event
+from bus.reply import (
+    Arg,
+    Condition,
+    Reply,
+    Value,
+    key_of,
+    milliseconds_of,
+    pairs,
+    score_of,
+    several,
+    value_of,
+    whole_of,
+)
+
+Key: TypeAlias = str | bytes
+
+
+class Outgoing(NamedTuple):
+    """An event that is ready to be appended, but for its stream.
+
+    cls: of the event; says the topic. routed_by: key or event id, which decides the partition.
+    fields: of the entry, names and values. bytes: their size.
+    """
+
+    cls: type[Event]
+    event_id: str
+    routed_by: str
+    fields: list[Arg]
+    bytes: int
+
+
+class Scope(Protocol):
+    """Where effects are collected: what they may touch, and how an event becomes an entry."""
+
+    @property
+    def tag(self) -> str:
+        """The hash tag of the stream, without braces; "" outside a delivery."""
+
+    def admit(self, key: bytes) -> None:
+        """Accept a key. Errors: InvalidEffect, one of another slot than the keys before."""
+
+    def outgoing(self, event: Event, event_id: str | None, given: Mapping[str, Any]) -> Outgoing:
+        """Encode an event. Errors: InvalidEvent, EventTooLarge, EventLoop."""
+
+
+class _Nowhere:
+    """The scope of effects that take nothing: they never come to ask it."""
+
+    tag = ""
+
+    def admit(self, key: bytes) -> None:
+        """Never asked."""
+
+    def outgoing(self, event: Event, event_id: str | None, given: Mapping[str, Any]) -> Outgoing:
+        """Never asked."""
+        raise NotImplementedError
+
+
+class Effects:
+    """Collects commands; every method returns the `Reply` that the server will give.
+
+    when: a `Condition` on earlier replies of the same effects; where it does not hold, the command
+    is skipped. Keys and values: str (UTF-8), bytes, numbers. On a Cluster all keys must lie in one
+    slot: `key(name)` makes such a key.
+    Errors of all methods: InvalidEffect (EffectsClosed once the handler or block is over).
+    """
+
+    __slots__ = (
+        "_closed",
+        "_count",
+        "_keys",
+        "_now",
+        "_replies",
+        "_scope",
+        "args",
+        "bytes",
+        "outgoing",
+        "types",
+    )
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._closed = ""
+        self._count = 0
+        self._keys: dict[bytes, None] = {}  # in order, as a set has none
+        self._now: dict[bytes, str] = {}  # the type of a key after the commands so far
+        self._replies: list[tuple[bool, Any]] | None = None
+        self.types: dict[bytes, str] = {}  # the type a key must have before, if it exists
+        self.args: list[Arg] = []  # the commands, as commit.lua takes them
+        self.outgoing: list[tuple[int, int, Outgoing]] = []  # command, place of its key, event
+        self.bytes = 0
+
+    @classmethod
+    def none(cls, why: str) -> "Effects":
+        """Return one that takes nothing; `why` is what a caller is told."""
+        effects = cls(_Nowhere())
+        effects.close(why)
+        return effects
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __bool__(self) -> bool:
+        return self._count > 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._count} commands>"
+
+    @property
+    def keys(self) -> Iterable[bytes]:
+        """The keys that are read or written, without the streams of published events."""
+        return self._keys
+
+    def admit(self, stream: bytes) -> None:
+        """Accept the stream of a published event. Errors: InvalidEffect, another slot."""
+        self._scope.admit(stream)
+
+    def key(self, name: str) -> str:
+        """Return a key in the slot of this delivery's stream: `{document:0}:<name>`.
+
+        The partition follows from the event's key, so events of one key find the same state.
+        """
+        return f"{{{self._scope.tag}}}:{name}"
+
+    # --- strings and counters
+
+    def set(
+        self,
+        key: Key,
+        value: Value,
+        *,
+        ttl: timedelta | None = None,
+        nx: bool = False,
+        xx: bool = False,
+        when: Condition | None = None,
+    ) -> Reply:
+        """SET. ttl: expires after it. nx, xx: only if there is no such key, only if there is."""
+        values: list[Arg] = [value_of(value)]
+        if ttl is not None:
+            values += ("PX", milliseconds_of(ttl))
+        if nx and xx:
+            raise InvalidEffect("set: nx and xx exclude each other")
+        if nx or xx:
+            values.append("NX" if nx else "XX")
+        return self._add("SET", "", key, values, when, leaves="" if nx or xx else "string")
+
+    def get(self, key: Key, *, when: Condition | None = None) -> Reply:
+        """GET, to be tested: `effects.get(k).equals(...)`."""
+        return self._add("GET", "string", key, (), when)
+
+    def incrby(self, key: Key, by: int = 1, *, when: Condition | None = None) -> Reply:
+        """INCRBY; `by` may be negative."""
+        return self._add("INCRBY", "string", key, (whole_of(by),), when)
+
+    def incrbyfloat(self, key: Key, by: float, *, when: Condition | None = None) -> Reply:
+        """INCRBYFLOAT."""
+        return self._add("INCRBYFLOAT", "string", key, (value_of(by),), when)
+
+    # --- hashes
+
+    def hset(
+        self, key: Key, mapping: Mapping[str, Value], *, when: Condition | None = None
+    ) -> Reply:
+        """HSET of one or more fields; the reply is the number of new ones."""
+        return self._add("HSET", "hash", key, pairs("hset", mapping.items()), when)
+
+    def hsetnx(self, key: Key, field: Key, value: Value, *, when: Condition | None = None) -> Reply:
+        """HSETNX; the reply is 1 if the field was set, 0 if it was there."""
+        return self._add("HSETNX", "hash", key, (value_of(field), value_of(value)), when)
+
+    def hget(self, key: Key, field: Key, *, when: Condition | None = None) -> Reply:
+        """HGET, to be tested."""
+        return self._add("HGET", "hash", key, (value_of(field),), when)
+
+    def hincrby(self, key: Key, field: Key, by: int = 1, *, when: Condition | None = None) -> Reply:
+        """HINCRBY; `by` may be negative."""
+        return self._add("HINCRBY", "hash", key, (value_of(field), whole_of(by)), when)
+
+    def hincrbyfloat(
+        self, key: Key, field: Key, by: float, *, when: Condition | None = None
+    ) -> Reply:
+        """HINCRBYFLOAT."""
+        return self._add("HINCRBYFLOAT", "hash", key, (value_of(field), value_of(by)), when)
+
+    def hdel(self, key: Key, *fields: Key, when: Condition | None = None) -> Reply:
+        """HDEL; the reply is how many fields there were."""
+        return self._add("HDEL", "hash", key, several("hdel", fields), when)
+
+    # --- sets
+
+    def sadd(self, key: Key, *members: Value, when: Condition | None = None) -> Reply:
+        """SADD; the reply is how many were new."""
+        return self._add("SADD", "set", key, several("sadd", members), when)
+
+    def srem(self, key: Key, *members: Value, when: Condition | None = None) -> Reply:
+        """SREM; the reply is how many there were."""
+        return self._add("SREM", "set", key, several("srem", members), when)
+
+    def sismember(self, key: Key, member: Value, *, when: Condition | None = None) -> Reply:
+        """SISMEMBER, to be tested: 1 or 0."""
+        return self._add("SISMEMBER", "set", key, (value_of(member),), when)
+
+    def scard(self, key: Key, *, when: Condition | None = None) -> Reply:
+        """SCARD, to be tested."""
+        return self._add("SCARD", "set", key, (), when)
+
+    # --- sorted sets
+
+    def zadd(
+        self,
+        key: Key,
+        scores: Mapping[str, float],
+        *,
+        nx: bool = False,
+        xx: bool = False,
+        gt: bool = False,
+        lt: bool = False,
+        when: Condition | None = None,
+    ) -> Reply:
+        """ZADD of member -> score; the reply is how many were new.
+
+        nx, xx: only new ones, only those there are. gt, lt: only if the score rises, falls.
+        """
+        if nx + gt + lt > 1 or (nx and xx):
+            raise InvalidEffect("zadd: nx, gt and lt exclude each other, and nx excludes xx")
+        flags = [f for f, on in (("NX", nx), ("XX", xx), ("GT", gt), ("LT", lt)) if on]
+        flat = pairs("zadd", ((score_of(s), m) for m, s in scores.items()))
+        return self._add("ZADD", "zset", key, [*flags, *flat], when)
+
+    def zincrby(
+        self, key: Key, by: float, member: Value, *, when: Condition | None = None
+    ) -> Reply:
+        """ZINCRBY; the reply is the new score."""
+        return self._add("ZINCRBY", "zset", key, (score_of(by), value_of(member)), when)
+
+    def zrem(self, key: Key, *members: Value, when: Condition | None = None) -> Reply:
+        """ZREM; the reply is how many there were."""
+        return self._add("ZREM", "zset", key, several("zrem", members), when)
+
+    def zscore(self, key: Key, member: Value, *, when: Condition | None = None) -> Reply:
+        """ZSCORE, to be tested."""
+        return self._add("ZSCORE", "zset", key, (value_of(member),), when)
+
+    def zcard(self, key: Key, *, when: Condition | None = None) -> Reply:
+        """ZCARD, to be tested."""
+        return self._add("ZCARD", "zset", key, (), when)
+
+    # --- keys of any type
+
+    def exists(self, key: Key, *, when: Condition | None = None) -> Reply:
+        """EXISTS, to be tested: 1 or 0."""
+        return self._add("EXISTS", "", key, (), when)
+
+    def delete(self, key: Key, *, when: Condition | None = None) -> Reply:
+        """UNLINK of one key; the reply is 1 or 0."""
+        return self._add("UNLINK", "", key, (), when, leaves="none")
+
+    def expire(self, key: Key, ttl: timedelta, *, when: Condition | None = None) -> Reply:
+        """PEXPIRE; the reply is 0 if there is no such key."""
+        return self._add("PEXPIRE", "", key, (milliseconds_of(ttl),), when)
+
+    def persist(self, key: Key, *, when: Condition | None = None) -> Reply:
+        """PERSIST; the reply is 1 if the key would have expired."""
+        return self._add("PERSIST", "", key, (), when)
+
+    # --- events
+
+    def publish(
+        self,
+        event: Event,
+        *,
+        event_id: str | None = None,
+        when: Condition | None = None,
+        **headers: Any,
+    ) -> Reply:
+        """Append an event to its topic, in the same step; the reply of a transaction is a Receipt.
+
+        headers: those of `Bus.publish`. One XADD. Errors: InvalidEvent, EventTooLarge, EventLoop.
+        """
+        if self._closed:
+            raise EffectsClosed(self._closed)
+        sent = self._scope.outgoing(event, event_id, headers)
+        tests = self._tests(when)
+        self.args += (len(tests), *(a for t in tests for a in t), len(sent.fields) + 3, "XADD")
+        # The stream is found when it is sent: how many partitions a topic has, the server says.
+        self.outgoing.append((self._count, len(self.args), sent))
+        self.args += ("", "*", *sent.fields)
+        return self._added(sent.bytes)
+
+    # --- collecting
+
+    def _add(
+        self,
+        name: str,
+        kind: str,
+        key: Key,
+        values: "list[Arg] | tuple[Arg, ...]",
+        when: Condition | None,
+        *,
+        leaves: str | None = None,
+    ) -> Reply:
+        """Write a command down.
+
+        kind: the type its key must have, "" for any. leaves: the type it has afterwards.
+        """
+        if self._closed:
+            raise EffectsClosed(self._closed)
+        if len(values) > EFFECT_VALUES:
+            raise InvalidEffect(
+                f"{name.lower()} takes {EFFECT_VALUES:,} values at a time, not {len(values):,}:"
+                " split them over several commands"
+            )
+        wire = key_of(key)
+        if wire not in self._keys:
+            self._admit(wire)
+        if kind:
+            known = self._now.get(wire)
+            if known is None:
+                self.types[wire] = self._now[wire] = kind
+            elif known != kind:
+                self._change_kind(name, wire, known, kind)
+        elif leaves and when is None:
+            self._now[wire] = leaves
+        if when is None:
+            self.args += (0, len(values) + 2, name, wire, *values)
+        else:
+            tests = self._tests(when)
+            self.args += (len(tests), *(a for t in tests for a in t), len(values) + 2, name, wire)
+            self.args += values
+        size = sum(8 if isinstance(v, int) else len(v) for v in values)
+        return self._added(len(wire) + 32 + size)
+
+    def _added(self, size: int) -> Reply:
+        index = self._count
+        self._count += 1
+        self.bytes += size
+        if self._count > EFFECTS or self.bytes > EFFECT_BYTES:
+            self.close("there were too many effects")
+            raise InvalidEffect(
+                f"more than {EFFECTS:,} effects or {EFFECT_BYTES // 1024} KiB: they run in one"
+                " script, during which the server does nothing else; do it in several steps"
+            )
+        return Reply(self, index + 1)  # Lua counts from 1
+
+    def _admit(self, key: bytes) -> None:
+        if not key:
+            raise InvalidEffect("a key must not be empty")
+        if key.startswith(b"bus:"):
+            raise InvalidEffect(
+                f"{key.decode(errors='replace')}: keys that begin with bus: are the bus's own;"
+                " publish events with .publish"
+            )
+        self._scope.admit(key)
+        self._keys[key] = None
+
+    def _change_kind(self, name: str, key: bytes, known: str, kind: str) -> None:
+        if known != "none":
+            raise InvalidEffect(
+                f"{name}: {key.decode(errors='replace')} is a {known} to an earlier effect,"
+                f" and cannot be a {kind} to this one"
+            )
+        self._now[key] = kind
+
+    def _tests(self, when: Condition | None) -> tuple[tuple[int, str, Arg, Arg], ...]:
+        if when is None:
+            return ()
+        if not isinstance(when, Condition):
+            raise InvalidEffect(
+                f"when= takes a condition such as reply.between(0, 9), not {type(when).__name__}"
+            )
+        if when.effects is not self:
+            raise InvalidEffect("when= takes a reply of the same effects: one script, one decision")
+        return when.tests
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in Effects.__slots__:
+            raise AttributeError(name)
+        raise EffectNotAllowed(f"{name} is no effect; there are: {', '.join(_NAMES)}")
+
+    # --- when it is over
+
+    def close(self, why: str) -> None:
+        """Take no more; `why` is what a later caller is told."""
+        self._closed = why
+
+    def answered(self, replies: list[tuple[bool, Any]]) -> None:
+        """Note whether each command ran, and its reply."""
+        self._replies = replies
+
+    def reply(self, number: int) -> tuple[bool, Any]:
+        """Return whether command `number`, from 1, ran, and its reply. Errors: NoReplyYet."""
+        if self._replies is None:
+            raise NoReplyYet(
+                "the server has not answered yet: a handler's effects take place after it has"
+                " returned, a transaction's when its block ends"
+            )
+        return self._replies[number - 1]
+
+
+_OTHERS = ("admit", "key", "close", "answered", "reply")
+_NAMES = [n for n, v in vars(Effects).items() if callable(v) and n[0] != "_" and n not in _OTHERS]

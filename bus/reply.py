@@ -1,0 +1,198 @@
+"""What an effect will be answered, and what may be asked of it before: tests made by the server.
+
+Also how values become arguments of a command. Pure, like `effects.py`, whose other half this is.
+"""
+
+import math
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+
+from bus.errors import InvalidEffect, NoReplyYet
+
+Value: TypeAlias = str | bytes | int | float
+Arg: TypeAlias = str | bytes | int
+
+# A script compares as doubles; up to here every whole number is one.
+_EXACT = 2**53
+_INT64 = 2**63
+
+
+class Answers(Protocol):
+    """Whoever collects effects, and is told the replies."""
+
+    def reply(self, number: int) -> tuple[bool, Any]:
+        """Return whether command `number`, from 1, ran, and its reply. Errors: NoReplyYet."""
+
+
+class Condition(NamedTuple):
+    """A test of a reply, made by the server; `a & b` holds when both do."""
+
+    tests: tuple[tuple[int, str, Arg, Arg], ...]
+    effects: Answers
+
+    def __and__(self, other: "Condition") -> "Condition":
+        if not isinstance(other, Condition):
+            return NotImplemented
+        return Condition(self.tests + other.tests, self.effects)
+
+    def __bool__(self) -> bool:
+        raise NoReplyYet("a condition is tested by the server: pass it as when=, join two with &")
+
+
+def _not_yet() -> NoReturn:
+    raise NoReplyYet(
+        "the server has not answered yet: decide with when=reply.between(...), .equals(...),"
+        " .present() or .missing(); after a transaction use reply.value"
+    )
+
+
+class Reply:
+    """What the server will answer to one effect.
+
+    Until then it can only be tested by the server, with `when=`; a test of a command that was
+    itself skipped does not hold. After a transaction, `value` has it.
+    """
+
+    __slots__ = ("_effects", "_index")
+
+    def __init__(self, effects: Answers, index: int) -> None:
+        self._effects = effects
+        self._index = index
+
+    def between(self, low: float, high: float) -> Condition:
+        """Whether it is a number from `low` to `high`, both included."""
+        return self._test("between", _bound(low), _bound(high))
+
+    def at_least(self, low: float) -> Condition:
+        """Whether it is a number not below `low`."""
+        return self._test("between", _bound(low), "1e999")
+
+    def at_most(self, high: float) -> Condition:
+        """Whether it is a number not above `high`."""
+        return self._test("between", "-1e999", _bound(high))
+
+    def equals(self, value: Value) -> Condition:
+        """Whether it is `value`, as text: 1 and "1" are equal, 1 and 1.0 are not."""
+        return self._test("equals", value_of(value))
+
+    def differs(self, value: Value) -> Condition:
+        """Whether it is there and not `value`."""
+        return self._test("differs", value_of(value))
+
+    def missing(self) -> Condition:
+        """Whether there was nothing: no such key, field or member; SET whose nx or xx failed."""
+        return self._test("missing")
+
+    def present(self) -> Condition:
+        """Whether there was something."""
+        return self._test("present")
+
+    def _test(self, name: str, low: Arg = "", high: Arg = "") -> Condition:
+        return Condition(((self._index, name, low, high),), self._effects)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether its condition did not hold. Errors: NoReplyYet."""
+        return not self._effects.reply(self._index)[0]
+
+    @property
+    def value(self) -> Any:
+        """What the server answered: bytes, int, None; a Receipt for `publish`; None if skipped.
+
+        Errors: NoReplyYet, before the transaction is over, and always in a handler.
+        """
+        return self._effects.reply(self._index)[1]
+
+    def __repr__(self) -> str:
+        return f"<Reply {self._index} of {self._effects!r}>"
+
+    def _refuse(self, *_: object) -> Any:
+        _not_yet()
+
+    __bool__ = __int__ = __float__ = __index__ = __str__ = __bytes__ = __iter__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = _refuse
+    __hash__ = object.__hash__
+
+
+def key_of(key: object) -> bytes:
+    """Return a key as bytes. Errors: InvalidEffect."""
+    if isinstance(key, str):
+        return key.encode()
+    if isinstance(key, bytes):
+        return key
+    raise InvalidEffect(f"a key is str or bytes, not {type(key).__name__}")
+
+
+def value_of(value: object) -> Arg:
+    """Return a value as an argument. Errors: InvalidEffect, NoReplyYet."""
+    if isinstance(value, str):
+        try:
+            return value.encode()
+        except UnicodeEncodeError:
+            raise InvalidEffect("a value is not UTF-8: it holds a lone surrogate") from None
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, int | float):
+        return score_of(value)
+    if isinstance(value, Reply):
+        _not_yet()
+    raise InvalidEffect(
+        f"a value is str, bytes, int or float, not {type(value).__name__}: encode it first"
+    )
+
+
+def whole_of(value: object) -> int:
+    """Return a whole number of 64 bits. Errors: InvalidEffect, NoReplyYet."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, Reply):
+            _not_yet()
+        raise InvalidEffect(f"a whole number is needed, not {type(value).__name__}")
+    if not -_INT64 <= value < _INT64:
+        raise InvalidEffect("a whole number above 64 bits: Redis counts no further")
+    return value
+
+
+def score_of(value: object) -> Arg:
+    """Return a number as an argument. Errors: InvalidEffect."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidEffect(f"a number is needed, not {type(value).__name__}")
+    if not math.isfinite(value):
+        raise InvalidEffect("NaN and Infinity are no numbers to Redis's counters")
+    return whole_of(value) if isinstance(value, int) else repr(value).encode()
+
+
+def _bound(value: object) -> Arg:
+    if isinstance(value, float) and math.isinf(value):
+        return "1e999" if value > 0 else "-1e999"
+    bound = score_of(value)
+    if isinstance(value, int) and abs(value) > _EXACT:
+        raise InvalidEffect(f"{value} is above 2^53: scripts compare larger numbers inexactly")
+    return bound
+
+
+def milliseconds_of(ttl: object) -> int:
+    """Return a time to live in whole milliseconds. Errors: InvalidEffect."""
+    if not isinstance(ttl, timedelta):
+        raise InvalidEffect(f"a ttl is a timedelta, not {type(ttl).__name__}")
+    milliseconds = ttl // timedelta(milliseconds=1)
+    if milliseconds < 1:
+        raise InvalidEffect("a ttl below a millisecond would delete at once: use delete")
+    return milliseconds
+
+
+def several(name: str, values: Iterable[object]) -> list[Arg]:
+    """Return values as arguments of command `name`. Errors: InvalidEffect, also for none."""
+    several = [value_of(v) for v in values]
+    if not several:
+        raise InvalidEffect(f"{name}: give at least one value")
+    return several
+
+
+def pairs(name: str, values: Iterable[tuple[Any, Any]]) -> list[Arg]:
+    """Return pairs as arguments of command `name`. Errors: InvalidEffect, also for none."""
+    flat = [value_of(part) for pair in values for part in pair]
+    if not flat:
+        raise InvalidEffect(f"{name}: give at least one value")
+    return flat

@@ -1,0 +1,275 @@
+"""`bus.transaction()`: state and events in one atomic step, without a delivery.
+
+    async with bus.transaction() as change:
+        there = change.exists(key).equals(1)
+        change.hset(key, {"name": name}, when=there)
+        told = change.publish(AppUpdated(...), when=there)
+    if told.skipped: ...
+
+The commands and the script are those of `delivery.effects`. Nothing is sent if the block raises.
+A transaction whose outcome is unknown is sent again, and applied once all the same: the server
+remembers the last one of each *ticket*, and a ticket is held by one transaction at a time.
+"""
+
+import asyncio
+from collections.abc import Callable
+from itertools import count
+from types import TracebackType
+from typing import Any, Self
+
+from tenacity import AsyncRetrying, retry_if_exception, stop_never, wait_random_exponential
+
+from bus.committer import Committer, Scope, Unit
+from bus.config import ROOM_WAIT_S
+from bus.delivery import current_delivery
+from bus.effects import Effects
+from bus.errors import (
+    BusError,
+    EffectsFailed,
+    InvalidEffect,
+    PublishRefused,
+    PublishTimeout,
+    PublishUnknown,
+)
+from bus.publisher import Publisher, Receipt
+from bus.reply import Arg
+from bus.sender import is_transient
+from bus.shortage import tell_lost
+from bus.streams import keys
+from bus.streams.answers import Committed, Fate, Limits, Room
+from bus.streams.connection import ConnectionLost
+from bus.streams.replies import REMEDIES, ReplyError
+from bus.streams.stream import StreamStore
+from bus.telemetry import Telemetry
+
+_MOST_TAGS = 10_000  # on a Cluster every tag has tickets of its own; beyond it new ones are made
+
+
+class Transaction(Effects):
+    """Collects effects in its `async with` block and applies them, all in one step, at its end.
+
+    Afterwards `reply.value` has what the server answered, `receipts` where the events went.
+    Errors at the end of the block: EffectsFailed (a command failed, see `.applied`);
+    PublishTimeout, PublishRefused and StreamFull (nothing was done); PublishUnknown (perhaps).
+    """
+
+    __slots__ = ("_apply", "receipts", "scope")
+
+    def __init__(self, scope: Scope, apply: "Callable[[Transaction], Any]") -> None:
+        super().__init__(scope)
+        self.scope = scope
+        self.receipts: list[Receipt] = []
+        self._apply = apply
+        self._closed = "collect effects inside `async with bus.transaction() as ...`"
+
+    def key(self, name: str) -> str:
+        """Not to be had: a transaction has no stream. Give its keys one hash tag on a Cluster."""
+        raise InvalidEffect(
+            f"a transaction has no stream whose slot {name!r} could share: name the key yourself;"
+            " on a Cluster, with the same part in braces in all of them"
+        )
+
+    async def __aenter__(self) -> Self:
+        """Begin to collect."""
+        if self._count or self._replies is not None:
+            raise InvalidEffect("a transaction is used once: ask the bus for another")
+        self._closed = ""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Apply everything, unless the block raised."""
+        self.close("the transaction is over: ask the bus for another")
+        if error is None:
+            await self._apply(self)
+
+
+class Transactions:
+    """Makes and applies transactions; one per bus and process."""
+
+    def __init__(
+        self,
+        store: StreamStore,
+        publisher: Publisher,
+        committer: Committer,
+        telemetry: Telemetry,
+        *,
+        publish_timeout_s: float,
+    ) -> None:
+        self._store = store
+        self._publisher = publisher
+        self._committer = committer
+        self._telemetry = telemetry
+        self._timeout_s = publish_timeout_s
+        self._sequences = count(1)
+        self._tickets = count()
+        self._free: dict[bytes | None, list[int]] = {}  # tickets in no use, by the tag of their key
+        self._lines: dict[str, _Line] = {}  # streams without room
+
+    def begin(self) -> Transaction:
+        """Return a transaction that nothing was collected in."""
+        cause = current_delivery.get()
+        if cause is not None and cause.settled:
+            cause = None
+        scope = Scope(self._publisher, cause, "", clustered=self._store.clustered)
+        return Transaction(scope, self._apply)
+
+    async def _apply(self, wanted: Transaction) -> None:
+        if not wanted:
+            wanted.answered([])
+            return
+        started = asyncio.get_running_loop().time()
+        deadline = started + self._timeout_s
+        cause = current_delivery.get()
+        inside = cause is not None and not cause.settled
+        unit = await self._committer.written(wanted, 0, b"", deadline, inside=inside)
+        tag = wanted.scope.slot_tag
+        fate = None
+        if not any(stream in self._lines for stream in unit.streams):
+            fate = await self._send(unit, tag, deadline)
+        while fate is None or fate.fate is Fate.FULL:
+            full = next(s for s in unit.streams if fate is None or s == fate.stream)
+            fate = await self._in_line(full, unit, tag, fate, deadline)
+        if fate.fate is Fate.FAILED:
+            stays = f"; what was applied before it stays: {', '.join(fate.applied)}"
+            raise EffectsFailed(fate.error + (stays if fate.applied else ""), fate.applied)
+        replies = list(fate.replies)
+        for command, stream, event_id in unit.places:
+            ran, reply = replies[command]
+            if ran:
+                receipt = Receipt(event_id, stream, reply.decode())
+                replies[command] = True, receipt
+                wanted.receipts.append(receipt)
+        wanted.answered(replies)
+        self._telemetry.emit(
+            "transaction.committed",
+            commands=len(wanted),
+            duration_s=asyncio.get_running_loop().time() - started,
+        )
+
+    # --- no room
+
+    async def _in_line(
+        self, stream: str, unit: Unit, tag: bytes | None, fate: Committed | None, deadline: float
+    ) -> Committed:
+        """Wait for room in a stream, behind those who wait already; then send again.
+
+        One at a time asks, without the events. Errors: StreamFull.
+        """
+        events, limits, waits = unit.streams[stream]
+        shortage = self._committer.shortage(stream)
+        if fate is not None:
+            shortage.tell(Room(0, fate.pinned, {}))
+        if not waits:
+            raise shortage.error(limits.most)
+        line = self._lines.setdefault(stream, _Line())
+        line.length += 1
+        try:
+            async with asyncio.timeout_at(deadline), line.first:
+                await self._room(stream, limits, events)
+        except TimeoutError:
+            raise shortage.error(limits.most) from None
+        else:
+            fate = await self._send(unit, tag, deadline)
+        finally:
+            line.length -= 1
+            if not line.length:
+                del self._lines[stream]
+        if fate.fate is not Fate.FULL and stream not in self._lines:
+            shortage.over()
+        return fate
+
+    async def _room(self, stream: str, limits: Limits, events: int) -> None:
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(lambda e: isinstance(e, _NoRoom) or is_transient(e)),
+            stop=stop_never,
+            wait=wait_random_exponential(multiplier=ROOM_WAIT_S / 4, max=ROOM_WAIT_S),
+            reraise=True,
+        ):
+            with attempt:
+                room = await self._store.room(stream, limits, events)
+                tell_lost(self._telemetry, stream, room.lost)
+                if room.entries < events:
+                    self._committer.shortage(stream).tell(room)
+                    raise _NoRoom
+
+    # --- sending
+
+    async def _send(self, unit: Unit, tag: bytes | None, deadline: float) -> Committed:
+        """Send a transaction with a ticket, until its outcome is known or its time is up."""
+        free = self._free.setdefault(tag, [])
+        ticket = free.pop() if free else next(self._tickets)
+        sequence = next(self._sequences)
+        memory = keys.transaction(self._publisher.id, ticket, tag)
+        try:
+            return await self._insist(memory, str(sequence), unit, deadline)
+        finally:
+            # Free at once, be the outcome known or not: what is still under way has a lower
+            # sequence than whatever comes next with this ticket, and is refused then.
+            free.append(ticket)
+            if len(self._free) > _MOST_TAGS:
+                self._free.clear()
+
+    async def _insist(self, memory: bytes, sequence: str, unit: Unit, deadline: float) -> Committed:
+        """Send it again, unchanged, while its outcome is unknown or time may heal what it is."""
+        trouble: BusError | None = None
+        maybe_sent = attempting = False
+        args: list[list[Arg]] = [["0", len(unit.args), *unit.args]]
+        try:
+            async with asyncio.timeout_at(deadline):
+                async for attempt in AsyncRetrying(
+                    retry=retry_if_exception(is_transient),
+                    stop=stop_never,
+                    wait=wait_random_exponential(multiplier=0.02, max=1.0),
+                    reraise=True,
+                ):
+                    with attempt:
+                        attempting = True
+                        try:
+                            (fate,), looks, appended = await self._store.commit(
+                                (memory,), "", sequence, unit.keys, args
+                            )
+                        except BusError as error:
+                            attempting, trouble = False, error
+                            maybe_sent |= isinstance(error, ConnectionLost) and error.sent
+                            raise
+                        self._committer.tell(looks, appended)
+                        return fate
+        except TimeoutError:
+            raise _too_late(trouble, unknown=maybe_sent or attempting) from None
+        except BusError as error:
+            if maybe_sent:
+                raise _too_late(error, unknown=True) from None
+            if isinstance(error, ReplyError):
+                raise error.explained("of the transaction") from None
+            raise
+        raise AssertionError("tenacity ends by returning or raising")
+
+
+class _Line:
+    """Those who wait for room in one stream; the first asks for it."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Lock()
+        self.length = 0
+
+
+class _NoRoom(Exception):
+    """There is none yet."""
+
+
+def _too_late(cause: BusError | None, *, unknown: bool) -> BusError:
+    why = f" ({cause})" if cause is not None else ""
+    if unknown:
+        return PublishUnknown(
+            f"no answer to the transaction in time{why}: it may have been committed, whole or not"
+            " at all; look at the state before you repeat it"
+        )
+    text = f"the server did not take the transaction in time{why}: nothing of it was done"
+    if isinstance(cause, ReplyError):
+        return PublishRefused(text + REMEDIES.get(cause.code, ""), cause.code)
+    return PublishTimeout(text)
