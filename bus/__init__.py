@@ -9,6 +9,7 @@ from bus.backoff import Backoff
 from bus.breaker import Breaker
 from bus.bus import Bus
 from bus.delivery import DeadLettered, Delivery, Envelope
+from bus.effects import Effects
 from bus.errors import (
     AuthenticationFailed,
     BusClosed,
@@ -40,7 +41,6 @@ from bus.errors import (
     UnknownEventType,
     WrongKeyType,
 )
-from bus.effects import Effects
 from bus.event import Event
 from bus.handler import Handler, Registry, event_handler
 from bus.history.inspector import Backlog

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from bus.config import REPLY_TIMEOUT_S
 from bus.delivery import Delivery
-from bus.effects import Effects, Outgoing
+from bus.effects import Command, Effects, Outgoing
 from bus.errors import DeclarationError, InvalidEffect, InvalidEvent
 from bus.event import Event
 from bus.publisher import Publisher
@@ -25,24 +27,21 @@ from bus.telemetry import Telemetry
 
 
 class Scope:
-    """Where effects are collected: in a delivery, or in a transaction, which may be in one.
+    """Where effects are collected: beside one stream, or in one transaction. See `effects.Scope`.
 
-    cause: the delivery whose ids published events inherit. tag: see `effects.Scope`.
+    slot_tag: on a Cluster, that of the first key of a transaction.
     """
 
-    __slots__ = ("_cause", "_clustered", "_publisher", "_slot", "slot_tag", "tag")
+    __slots__ = ("_clustered", "_publisher", "_slot", "slot_tag", "tag")
 
-    def __init__(
-        self, publisher: Publisher, cause: Delivery[Any] | None, stream: str, *, clustered: bool
-    ) -> None:
+    def __init__(self, publisher: Publisher, stream: str, *, clustered: bool) -> None:
         self._publisher = publisher
-        self._cause = cause
         self._clustered = clustered
-        self._slot = keys.slot_of(stream.encode()) if clustered and stream else None
-        self.slot_tag: bytes | None = None  # of the first key
-        self.tag = keys.tag_of(stream.encode()).decode() if stream else ""
+        self._slot = keys.slot_of(stream) if clustered and stream else None
+        self.slot_tag: str | None = None
+        self.tag = keys.tag_of(stream) if stream else ""
 
-    def admit(self, key: bytes) -> None:
+    def admit(self, key: str) -> None:
         """Accept a key. Errors: InvalidEffect, one of another slot than the keys before."""
         if not self._clustered:
             return
@@ -56,28 +55,51 @@ class Scope:
                 else "; give them one hash tag: the part of a key in braces"
             )
             raise InvalidEffect(
-                f"{key.decode(errors='replace')} lies in another slot of the Cluster than the rest,"
-                f" and one script works in one slot{hint}"
+                f"{key} lies in another slot of the Cluster than the rest, and one script works in"
+                f" one slot{hint}"
             )
 
-    def outgoing(self, event: Event, event_id: str | None, given: Mapping[str, Any]) -> Outgoing:
-        """Encode an event. Errors: InvalidEvent, EventTooLarge, EventLoop."""
-        headers = Headers(**given) if given else None
-        return self._publisher.outgoing(event, event_id, headers, self._cause)
+    def outgoing(
+        self, event: Event, event_id: str | None, headers: Mapping[str, Any], cause: Any
+    ) -> Outgoing:
+        """Encode an event that `cause` publishes. Errors: InvalidEvent, EventLoop."""
+        given = Headers(**headers) if headers else None
+        return self._publisher.outgoing(event, event_id, given, cause)
 
 
 @dataclass(slots=True)
-class Unit:
-    """The effects of one delivery or transaction, written down.
+class Sheet:
+    """What one call of the script is told: the effects of deliveries, or of a transaction.
 
-    args: as the script takes them. keys: that they touch, the bus's own among them. streams: to
-    which they append, with the number of events, the limits, and whether one waits for room.
+    keys: all that are touched, the bus's own among them. streams: those appended to, each with the
+    number of events, its limits, and whether one waits for room there. units: see `commit.lua`.
+    binaries: values that are no UTF-8, which go beside.
     """
 
-    args: list[Arg] = field(default_factory=list)
-    keys: dict[Arg, None] = field(default_factory=dict)
+    keys: dict[str, None] = field(default_factory=dict)
     streams: dict[str, tuple[int, Limits, bool]] = field(default_factory=dict)
-    places: list[tuple[int, str, str]] = field(default_factory=list)  # command, stream, event id
+    units: list[list[Any]] = field(default_factory=list)
+    binaries: list[bytes] = field(default_factory=list)
+
+    def without_binaries(self, command: int, full: Command, aside: list[int]) -> Command:
+        """Return a command without its binaries; `aside` gets the places of these, from 1."""
+        args: list[Arg] = []
+        for place, value in enumerate(full.args, 1):
+            if isinstance(value, bytes):
+                self.binaries.append(value)
+                aside += (command + 1, place, len(self.binaries))
+            args.append("" if isinstance(value, bytes) else value)
+        return Command(full.tests, args)
+
+    def arguments(self) -> list[Arg]:
+        """Return it as the script takes it: one packed argument, then the binaries."""
+        streams = []
+        for stream, (events, limits, _) in self.streams.items():
+            overrun = keys.overrun(stream)
+            self.keys[stream] = self.keys[overrun] = None
+            drop = int(limits.drop_oldest)
+            streams.append((stream, overrun, events, limits.keep, limits.slack, limits.most, drop))
+        return [msgspec.msgpack.encode((streams, self.units)), *self.binaries]
 
 
 _SENT = Committed(Fate.DONE)  # in the place of an answer that is yet to come
@@ -90,47 +112,56 @@ class Committer:
         self._store = store
         self._publisher = publisher
         self._telemetry = telemetry
+        self._scopes: dict[str, Scope] = {}
         self._shortages: dict[str, Shortage] = {}
 
     # --- collecting
 
     def effects_of(self, delivery: Delivery[Any]) -> Effects:
         """Return an empty collection for a delivery."""
-        clustered = self._store.clustered
-        return Effects(Scope(self._publisher, delivery, delivery.origin.home, clustered=clustered))
+        stream = delivery.origin.home
+        scope = self._scopes.get(stream)
+        if scope is None:
+            scope = Scope(self._publisher, stream, clustered=self._store.clustered)
+            self._scopes[stream] = scope
+        return Effects(scope, delivery)
 
     # --- writing down
 
-    async def written(
-        self, effects: Effects, attempt: int, origin: bytes, deadline: float, *, inside: bool
-    ) -> Unit:
-        """Write effects down for the script.
+    async def write(
+        self,
+        sheet: Sheet,
+        effects: Effects,
+        entry: tuple[str, int, str],
+        deadline: float,
+        *,
+        inside: bool,
+    ) -> None:
+        """Write effects down on a sheet.
 
-        deadline: loop time until which the streams of events are found out. Errors: InvalidEffect;
-        those of `publish`.
+        entry: id, attempt, and id in its own stream. deadline: loop time until which the streams
+        of events are found out. Errors: InvalidEffect; those of `publish`. Nothing is written then.
         """
-        unit = Unit()
-        commands = effects.args
-        for command, at, sent in effects.outgoing:
-            stream, limits, waits = await self._publisher.place(sent, deadline, inside=inside)
-            effects.admit(stream.encode())
-            commands[at] = stream
-            events = unit.streams.get(stream, (0,))[0]
-            unit.streams[stream] = events + 1, limits, waits
-            unit.places.append((command, stream, sent.event_id))
-        args = unit.args
-        args += (attempt, origin, len(effects.types))
-        for key, kind in effects.types.items():
-            args += (key, kind)
-        args.append(len(unit.streams))
-        for stream, (events, limits, _) in unit.streams.items():
-            overrun, drop = keys.overrun(stream), int(limits.drop_oldest)
-            args += (stream, overrun, events, limits.keep, limits.slack, limits.most, drop)
-            unit.keys[stream] = unit.keys[overrun] = None
-        args.append(len(effects))
-        args += commands
-        unit.keys.update(dict.fromkeys(effects.keys))
-        return unit
+        commands = effects.commands
+        appends: dict[str, int] = {}
+        found: list[tuple[str, Limits, bool]] = []
+        for command, sent in effects.outgoing:
+            place = await self._publisher.place(sent, deadline, inside=inside)
+            effects.admit(place[0])
+            commands[command].args[1] = place[0]
+            found.append(place)
+        for stream, limits, waits in found:
+            appends[stream] = appends.get(stream, 0) + 1
+            sheet.streams[stream] = sheet.streams.get(stream, (0,))[0] + 1, limits, waits
+        unit: list[Any] = [*entry, effects.types, appends, commands]
+        if effects.binary:
+            aside: list[int] = []
+            unit[-1] = list(commands)
+            for command in effects.binary:
+                unit[-1][command] = sheet.without_binaries(command, commands[command], aside)
+            unit.append(aside)
+        sheet.units.append(unit)
+        sheet.keys.update(dict.fromkeys(effects.keys))
 
     # --- with acks
 
@@ -143,22 +174,23 @@ class Committer:
         """
         deadline = asyncio.get_running_loop().time() + REPLY_TIMEOUT_S
         fates: list[Committed] = []
-        units: list[list[Arg]] = []
-        touched: dict[Arg, None] = {}
+        sheet = Sheet()
         for delivery in deliveries:
-            effects, origin = delivery.effects, original_id(delivery)
+            entry_id = delivery.entry_id.decode()
+            entry = (entry_id, delivery.attempt, original_id(delivery).decode())
             try:
-                unit = await self.written(effects, delivery.attempt, origin, deadline, inside=True)
+                await self.write(sheet, delivery.effects, entry, deadline, inside=True)
             except (InvalidEffect, InvalidEvent, DeclarationError) as error:
                 fates.append(Committed(Fate.INVALID, error=str(error)))
-                continue
-            fates.append(_SENT)
-            units.append([delivery.entry_id, len(unit.args), *unit.args])
-            touched.update(unit.keys)
-        if not units:
+            else:
+                fates.append(_SENT)
+        if not sheet.units:
             return fates
         target = stream, keys.dead(stream, group)
-        answers, looks, appended = await self._store.commit(target, group, consumer, touched, units)
+        args = sheet.arguments()
+        answers, looks, appended = await self._store.commit(
+            target, group, consumer, sheet.keys, args
+        )
         answered = iter(answers)
         fates = [next(answered) if f is _SENT else f for f in fates]
         self.tell(looks, appended)

@@ -15,7 +15,7 @@ fails all the same (no integer, overflow), what was written before it stays.
 This file is pure: it checks, and writes the commands down in the form the script takes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -29,8 +29,8 @@ from bus.reply import (
     Value,
     key_of,
     milliseconds_of,
+    number_of,
     pairs,
-    score_of,
     several,
     value_of,
     whole_of,
@@ -49,7 +49,7 @@ class Outgoing(NamedTuple):
     cls: type[Event]
     event_id: str
     routed_by: str
-    fields: list[Arg]
+    fields: Sequence[Arg]
     bytes: int
 
 
@@ -60,82 +60,77 @@ class Scope(Protocol):
     def tag(self) -> str:
         """The hash tag of the stream, without braces; "" outside a delivery."""
 
-    def admit(self, key: bytes) -> None:
+    def admit(self, key: str) -> None:
         """Accept a key. Errors: InvalidEffect, one of another slot than the keys before."""
 
-    def outgoing(self, event: Event, event_id: str | None, given: Mapping[str, Any]) -> Outgoing:
-        """Encode an event. Errors: InvalidEvent, EventTooLarge, EventLoop."""
+    def outgoing(
+        self, event: Event, event_id: str | None, headers: Mapping[str, Any], cause: Any
+    ) -> Outgoing:
+        """Encode an event that `cause` publishes. Errors: InvalidEvent, EventTooLarge, EventLoop.
+
+        cause: the delivery, None if there is none.
+        """
 
 
-class _Nowhere:
-    """The scope of effects that take nothing: they never come to ask it."""
+class Command(NamedTuple):
+    """One command as `commit.lua` takes it: the tests of its condition, and name, key, values."""
 
-    tag = ""
-
-    def admit(self, key: bytes) -> None:
-        """Never asked."""
-
-    def outgoing(self, event: Event, event_id: str | None, given: Mapping[str, Any]) -> Outgoing:
-        """Never asked."""
-        raise NotImplementedError
+    tests: Sequence[int | str | bytes]
+    args: list[Arg]
 
 
 class Effects:
     """Collects commands; every method returns the `Reply` that the server will give.
 
     when: a `Condition` on earlier replies of the same effects; where it does not hold, the command
-    is skipped. Keys and values: str (UTF-8), bytes, numbers. On a Cluster all keys must lie in one
-    slot: `key(name)` makes such a key.
+    is skipped. Keys and values: str (UTF-8), bytes, numbers; keys only UTF-8. On a Cluster all keys
+    must lie in one slot: `key(name)` makes such a key.
     Errors of all methods: InvalidEffect (EffectsClosed once the handler or block is over).
     """
 
     __slots__ = (
+        "_cause",
         "_closed",
-        "_count",
-        "_keys",
-        "_now",
         "_replies",
         "_scope",
-        "args",
+        "binary",
         "bytes",
+        "commands",
+        "keys",
         "outgoing",
         "types",
     )
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, cause: Any = None) -> None:
         self._scope = scope
+        self._cause = cause
         self._closed = ""
-        self._count = 0
-        self._keys: dict[bytes, None] = {}  # in order, as a set has none
-        self._now: dict[bytes, str] = {}  # the type of a key after the commands so far
         self._replies: list[tuple[bool, Any]] | None = None
-        self.types: dict[bytes, str] = {}  # the type a key must have before, if it exists
-        self.args: list[Arg] = []  # the commands, as commit.lua takes them
-        self.outgoing: list[tuple[int, int, Outgoing]] = []  # command, place of its key, event
-        self.bytes = 0
+        self.commands: list[Command] = []
+        self.keys: dict[str, str] = {}  # key -> its type after the commands so far, "" if unknown
+        self.types: list[str] = []  # key, the type it must have before if it exists, ...
+        self.outgoing: list[tuple[int, Outgoing]] = []  # the place of a command, and its event
+        self.binary: list[int] = []  # the places of commands with values that are no UTF-8
+        self.bytes = 0  # about
 
     @classmethod
     def none(cls, why: str) -> "Effects":
         """Return one that takes nothing; `why` is what a caller is told."""
-        effects = cls(_Nowhere())
+        effects = cls.__new__(cls)
+        effects.commands = []
         effects.close(why)
         return effects
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.commands)
 
     def __bool__(self) -> bool:
-        return self._count > 0
+        return bool(self.commands)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._count} commands>"
+        return f"<{type(self).__name__}: {len(self.commands)} commands>"
 
-    @property
-    def keys(self) -> Iterable[bytes]:
-        """The keys that are read or written, without the streams of published events."""
-        return self._keys
-
-    def admit(self, stream: bytes) -> None:
+    def admit(self, stream: str) -> None:
         """Accept the stream of a published event. Errors: InvalidEffect, another slot."""
         self._scope.admit(stream)
 
@@ -144,6 +139,8 @@ class Effects:
 
         The partition follows from the event's key, so events of one key find the same state.
         """
+        if self._closed:
+            raise EffectsClosed(self._closed)
         return f"{{{self._scope.tag}}}:{name}"
 
     # --- strings and counters
@@ -248,14 +245,14 @@ class Effects:
         if nx + gt + lt > 1 or (nx and xx):
             raise InvalidEffect("zadd: nx, gt and lt exclude each other, and nx excludes xx")
         flags = [f for f, on in (("NX", nx), ("XX", xx), ("GT", gt), ("LT", lt)) if on]
-        flat = pairs("zadd", ((score_of(s), m) for m, s in scores.items()))
+        flat = pairs("zadd", ((number_of(s), m) for m, s in scores.items()))
         return self._add("ZADD", "zset", key, [*flags, *flat], when)
 
     def zincrby(
         self, key: Key, by: float, member: Value, *, when: Condition | None = None
     ) -> Reply:
         """ZINCRBY; the reply is the new score."""
-        return self._add("ZINCRBY", "zset", key, (score_of(by), value_of(member)), when)
+        return self._add("ZINCRBY", "zset", key, (number_of(by), value_of(member)), when)
 
     def zrem(self, key: Key, *members: Value, when: Condition | None = None) -> Reply:
         """ZREM; the reply is how many there were."""
@@ -303,13 +300,12 @@ class Effects:
         """
         if self._closed:
             raise EffectsClosed(self._closed)
-        sent = self._scope.outgoing(event, event_id, headers)
-        tests = self._tests(when)
-        self.args += (len(tests), *(a for t in tests for a in t), len(sent.fields) + 3, "XADD")
+        sent = self._scope.outgoing(event, event_id, headers, self._cause)
+        tests = () if when is None else self._tests(when)
+        self.outgoing.append((len(self.commands), sent))
         # The stream is found when it is sent: how many partitions a topic has, the server says.
-        self.outgoing.append((self._count, len(self.args), sent))
-        self.args += ("", "*", *sent.fields)
-        return self._added(sent.bytes)
+        self.commands.append(Command(tests, ["XADD", "", "*", *sent.fields]))
+        return self._added()
 
     # --- collecting
 
@@ -334,60 +330,56 @@ class Effects:
                 f"{name.lower()} takes {EFFECT_VALUES:,} values at a time, not {len(values):,}:"
                 " split them over several commands"
             )
-        wire = key_of(key)
-        if wire not in self._keys:
-            self._admit(wire)
-        if kind:
-            known = self._now.get(wire)
-            if known is None:
-                self.types[wire] = self._now[wire] = kind
-            elif known != kind:
-                self._change_kind(name, wire, known, kind)
-        elif leaves and when is None:
-            self._now[wire] = leaves
-        if when is None:
-            self.args += (0, len(values) + 2, name, wire, *values)
-        else:
-            tests = self._tests(when)
-            self.args += (len(tests), *(a for t in tests for a in t), len(values) + 2, name, wire)
-            self.args += values
-        size = sum(8 if isinstance(v, int) else len(v) for v in values)
-        return self._added(len(wire) + 32 + size)
+        key = key_of(key)
+        known = self.keys.get(key)
+        if known is None:
+            self._admit(key)
+            if kind:
+                self.types += (key, kind)
+                self.keys[key] = kind
+        elif kind and kind != known:
+            self._change_kind(name, key, known, kind)
+        if leaves and when is None:
+            self.keys[key] = leaves
+        args = [name, key, *values]
+        self.commands.append(Command(() if when is None else self._tests(when), args))
+        return self._added()
 
-    def _added(self, size: int) -> Reply:
-        index = self._count
-        self._count += 1
-        self.bytes += size
-        if self._count > EFFECTS or self.bytes > EFFECT_BYTES:
+    def _added(self) -> Reply:
+        args = self.commands[-1].args
+        try:
+            self.bytes += len("".join(args))  # type: ignore[arg-type] # counted and checked at once
+        except TypeError:
+            self.binary.append(len(self.commands) - 1)
+            self.bytes += sum(map(len, args))
+        if len(self.commands) > EFFECTS or self.bytes > EFFECT_BYTES:
             self.close("there were too many effects")
             raise InvalidEffect(
                 f"more than {EFFECTS:,} effects or {EFFECT_BYTES // 1024} KiB: they run in one"
                 " script, during which the server does nothing else; do it in several steps"
             )
-        return Reply(self, index + 1)  # Lua counts from 1
+        return Reply(self, len(self.commands))
 
-    def _admit(self, key: bytes) -> None:
+    def _admit(self, key: str) -> None:
         if not key:
             raise InvalidEffect("a key must not be empty")
-        if key.startswith(b"bus:"):
+        if key.startswith("bus:"):
             raise InvalidEffect(
-                f"{key.decode(errors='replace')}: keys that begin with bus: are the bus's own;"
-                " publish events with .publish"
+                f"{key}: keys that begin with bus: are the bus's own; publish events with .publish"
             )
         self._scope.admit(key)
-        self._keys[key] = None
+        self.keys[key] = ""
 
-    def _change_kind(self, name: str, key: bytes, known: str, kind: str) -> None:
-        if known != "none":
+    def _change_kind(self, name: str, key: str, known: str, kind: str) -> None:
+        if known == "":
+            self.types += (key, kind)
+        elif known != "none":
             raise InvalidEffect(
-                f"{name}: {key.decode(errors='replace')} is a {known} to an earlier effect,"
-                f" and cannot be a {kind} to this one"
+                f"{name}: {key} is a {known} to an earlier effect, and cannot be a {kind} to this"
             )
-        self._now[key] = kind
+        self.keys[key] = kind
 
-    def _tests(self, when: Condition | None) -> tuple[tuple[int, str, Arg, Arg], ...]:
-        if when is None:
-            return ()
+    def _tests(self, when: Condition) -> Sequence[int | str | bytes]:
         if not isinstance(when, Condition):
             raise InvalidEffect(
                 f"when= takes a condition such as reply.between(0, 9), not {type(when).__name__}"

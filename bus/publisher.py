@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from tenacity import (
@@ -22,16 +22,17 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from bus.causes import caused_by, derived_id
+from bus.causes import caused_fields, derived_id
 from bus.config import UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import Delivery, current_delivery
 from bus.effects import Outgoing
 from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout
 from bus.event import Event, EventInfo, info_of
+from bus.reply import text_of
 from bus.sender import Sender, Unit, is_transient
 from bus.streams import keys
 from bus.streams.answers import Limits
-from bus.streams.codec import NO_HEADERS, Headers, encode, key_of
+from bus.streams.codec import Fields, Headers, encode, header_fields, key_of
 from bus.streams.connection import Arg
 from bus.streams.replies import REMEDIES, ReplyError
 from bus.streams.stream import StreamStore
@@ -96,7 +97,8 @@ class Publisher:
         self._telemetry = telemetry
         self._timeout_s = publish_timeout_s
         self._max_event_bytes = max_event_bytes
-        self._headers = NO_HEADERS if source is None else Headers(source=source)
+        self._source = source
+        self._headers = header_fields(Headers(source=source))  # of events that are given none
         self.id = secrets.token_hex(8)
         self._ids = _EventIds()
         self._senders: dict[str, Sender] = {}
@@ -182,18 +184,22 @@ class Publisher:
         event_id: str | None,
         headers: Headers | None,
         cause: Delivery[Any] | None,
-    ) -> tuple[str, str, list[Arg], int]:
+    ) -> tuple[str, str, Fields, int]:
         """Return event id, what decides the partition, the entry's fields and their size."""
         key = key_of(info, event)
-        headers = self._headers if headers is None else _with_source(headers, self._headers)
-        if cause is not None and not cause.settled:
-            headers = caused_by(cause, info.type, headers)
+        if cause is not None and cause.settled:
+            cause = None
+        if cause is not None:
             event_id = event_id or derived_id(cause, info.type, key)
         elif event_id is None:
             event_id = self._ids.next()
-        fields, size = encode(info, event, event_id, key, headers, self._max_event_bytes)
-        routed_by = event_id if key is None else key
-        return event_id, routed_by, cast(list[Arg], fields), size
+        if headers is not None and headers.source is None:
+            headers = headers._replace(source=self._source)
+        extra = self._headers if headers is None else header_fields(headers)
+        if cause is not None:
+            extra = extra + caused_fields(cause, info.type, headers)
+        fields, size = encode(info, event, event_id, key, extra, self._max_event_bytes)
+        return event_id, event_id if key is None else key, fields, size
 
     # --- as effects
 
@@ -208,7 +214,9 @@ class Publisher:
         if not isinstance(event, Event):
             raise _no_event(event.__class__)
         info = info_of(event.__class__)
-        return Outgoing(info.cls, *self._prepared(info, event, event_id, headers, cause))
+        event_id, routed_by, fields, size = self._prepared(info, event, event_id, headers, cause)
+        texts = [f if f.__class__ is str else text_of(f) for f in fields]  # type: ignore[arg-type]
+        return Outgoing(info.cls, event_id, routed_by, texts, size)
 
     async def place(
         self, sent: Outgoing, deadline: float, *, inside: bool
@@ -337,10 +345,6 @@ def _unit_of(
     for item in items:
         args += item[2]
     return Unit(len(items), size, args, deadline)
-
-
-def _with_source(headers: Headers, defaults: Headers) -> Headers:
-    return headers if headers.source is not None else headers._replace(source=defaults.source)
 
 
 def _no_event(cls: type) -> InvalidEvent:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
 from bus.errors import InvalidEffect, NoReplyYet
 
 Value: TypeAlias = str | bytes | int | float
-Arg: TypeAlias = str | bytes | int
+Arg: TypeAlias = str | bytes  # bytes only if they are no UTF-8
 
 # A script compares as doubles; up to here every whole number is one.
 _EXACT = 2**53
@@ -26,14 +26,19 @@ class Answers(Protocol):
 
 
 class Condition(NamedTuple):
-    """A test of a reply, made by the server; `a & b` holds when both do."""
+    """A test of a reply, made by the server; `a & b` holds when both do.
 
-    tests: tuple[tuple[int, str, Arg, Arg], ...]
+    tests: command, from 1; name of the test; its low and high value; and so on.
+    """
+
+    tests: list[int | str | bytes]
     effects: Answers
 
     def __and__(self, other: "Condition") -> "Condition":
         if not isinstance(other, Condition):
             return NotImplemented
+        if other.effects is not self.effects:
+            raise InvalidEffect("conditions on replies of different effects cannot be joined")
         return Condition(self.tests + other.tests, self.effects)
 
     def __bool__(self) -> bool:
@@ -89,7 +94,7 @@ class Reply:
         return self._test("present")
 
     def _test(self, name: str, low: Arg = "", high: Arg = "") -> Condition:
-        return Condition(((self._index, name, low, high),), self._effects)
+        return Condition([self._index, name, low, high], self._effects)
 
     @property
     def skipped(self) -> bool:
@@ -116,26 +121,41 @@ class Reply:
     __hash__ = object.__hash__
 
 
-def key_of(key: object) -> bytes:
-    """Return a key as bytes. Errors: InvalidEffect."""
-    if isinstance(key, str):
-        return key.encode()
+def key_of(key: object) -> str:
+    """Return a key as text. Errors: InvalidEffect."""
     if isinstance(key, bytes):
-        return key
-    raise InvalidEffect(f"a key is str or bytes, not {type(key).__name__}")
+        key = text_of(key)
+    if not isinstance(key, str):
+        raise InvalidEffect(f"a key is str or UTF-8 bytes, not {type(key).__name__}")
+    return checked_text(key)
+
+
+def text_of(value: bytes) -> Arg:
+    """Return bytes as text if they are UTF-8, else as they are."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def checked_text(text: str) -> str:
+    """Return `text` if it can be encoded. Errors: InvalidEffect."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InvalidEffect("a text is not UTF-8: it holds a lone surrogate") from None
+    return text
 
 
 def value_of(value: object) -> Arg:
     """Return a value as an argument. Errors: InvalidEffect, NoReplyYet."""
     if isinstance(value, str):
-        try:
-            return value.encode()
-        except UnicodeEncodeError:
-            raise InvalidEffect("a value is not UTF-8: it holds a lone surrogate") from None
+        return checked_text(str(value))
     if isinstance(value, bytes):
-        return value
+        return text_of(value)
     if isinstance(value, int | float):
-        return score_of(value)
+        return number_of(value)
     if isinstance(value, Reply):
         _not_yet()
     raise InvalidEffect(
@@ -143,7 +163,7 @@ def value_of(value: object) -> Arg:
     )
 
 
-def whole_of(value: object) -> int:
+def whole_of(value: object) -> str:
     """Return a whole number of 64 bits. Errors: InvalidEffect, NoReplyYet."""
     if isinstance(value, bool) or not isinstance(value, int):
         if isinstance(value, Reply):
@@ -151,48 +171,44 @@ def whole_of(value: object) -> int:
         raise InvalidEffect(f"a whole number is needed, not {type(value).__name__}")
     if not -_INT64 <= value < _INT64:
         raise InvalidEffect("a whole number above 64 bits: Redis counts no further")
-    return value
+    return str(int(value))
 
 
-def score_of(value: object) -> Arg:
-    """Return a number as an argument. Errors: InvalidEffect."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidEffect(f"a number is needed, not {type(value).__name__}")
+def number_of(value: object) -> str:
+    """Return a number as an argument. Errors: InvalidEffect, NoReplyYet."""
+    if not isinstance(value, float):
+        return whole_of(value)
     if not math.isfinite(value):
         raise InvalidEffect("NaN and Infinity are no numbers to Redis's counters")
-    return whole_of(value) if isinstance(value, int) else repr(value).encode()
+    return repr(float(value))
 
 
-def _bound(value: object) -> Arg:
+def _bound(value: object) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "1e999" if value > 0 else "-1e999"
-    bound = score_of(value)
     if isinstance(value, int) and abs(value) > _EXACT:
         raise InvalidEffect(f"{value} is above 2^53: scripts compare larger numbers inexactly")
-    return bound
+    return number_of(value)
 
 
-def milliseconds_of(ttl: object) -> int:
+def milliseconds_of(ttl: object) -> str:
     """Return a time to live in whole milliseconds. Errors: InvalidEffect."""
     if not isinstance(ttl, timedelta):
         raise InvalidEffect(f"a ttl is a timedelta, not {type(ttl).__name__}")
     milliseconds = ttl // timedelta(milliseconds=1)
     if milliseconds < 1:
         raise InvalidEffect("a ttl below a millisecond would delete at once: use delete")
-    return milliseconds
+    return str(milliseconds)
 
 
 def several(name: str, values: Iterable[object]) -> list[Arg]:
     """Return values as arguments of command `name`. Errors: InvalidEffect, also for none."""
-    several = [value_of(v) for v in values]
-    if not several:
-        raise InvalidEffect(f"{name}: give at least one value")
-    return several
-
-
-def pairs(name: str, values: Iterable[tuple[Any, Any]]) -> list[Arg]:
-    """Return pairs as arguments of command `name`. Errors: InvalidEffect, also for none."""
-    flat = [value_of(part) for pair in values for part in pair]
+    flat = [value_of(v) for v in values]
     if not flat:
         raise InvalidEffect(f"{name}: give at least one value")
     return flat
+
+
+def pairs(name: str, values: Iterable[tuple[object, object]]) -> list[Arg]:
+    """Return pairs as arguments of command `name`. Errors: InvalidEffect, also for none."""
+    return several(name, (part for pair in values for part in pair))

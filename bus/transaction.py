@@ -19,9 +19,9 @@ from typing import Any, Self
 
 from tenacity import AsyncRetrying, retry_if_exception, stop_never, wait_random_exponential
 
-from bus.committer import Committer, Scope, Unit
+from bus.committer import Committer, Scope, Sheet
 from bus.config import ROOM_WAIT_S
-from bus.delivery import current_delivery
+from bus.delivery import Delivery, current_delivery
 from bus.effects import Effects
 from bus.errors import (
     BusError,
@@ -32,7 +32,6 @@ from bus.errors import (
     PublishUnknown,
 )
 from bus.publisher import Publisher, Receipt
-from bus.reply import Arg
 from bus.sender import is_transient
 from bus.shortage import tell_lost
 from bus.streams import keys
@@ -55,8 +54,10 @@ class Transaction(Effects):
 
     __slots__ = ("_apply", "receipts", "scope")
 
-    def __init__(self, scope: Scope, apply: "Callable[[Transaction], Any]") -> None:
-        super().__init__(scope)
+    def __init__(
+        self, scope: Scope, cause: Delivery[Any] | None, apply: "Callable[[Transaction], Any]"
+    ) -> None:
+        super().__init__(scope, cause)
         self.scope = scope
         self.receipts: list[Receipt] = []
         self._apply = apply
@@ -71,7 +72,7 @@ class Transaction(Effects):
 
     async def __aenter__(self) -> Self:
         """Begin to collect."""
-        if self._count or self._replies is not None:
+        if self.commands or self._replies is not None:
             raise InvalidEffect("a transaction is used once: ask the bus for another")
         self._closed = ""
         return self
@@ -107,7 +108,7 @@ class Transactions:
         self._timeout_s = publish_timeout_s
         self._sequences = count(1)
         self._tickets = count()
-        self._free: dict[bytes | None, list[int]] = {}  # tickets in no use, by the tag of their key
+        self._free: dict[str | None, list[int]] = {}  # tickets in no use, by the tag of their key
         self._lines: dict[str, _Line] = {}  # streams without room
 
     def begin(self) -> Transaction:
@@ -115,8 +116,8 @@ class Transactions:
         cause = current_delivery.get()
         if cause is not None and cause.settled:
             cause = None
-        scope = Scope(self._publisher, cause, "", clustered=self._store.clustered)
-        return Transaction(scope, self._apply)
+        scope = Scope(self._publisher, "", clustered=self._store.clustered)
+        return Transaction(scope, cause, self._apply)
 
     async def _apply(self, wanted: Transaction) -> None:
         if not wanted:
@@ -126,22 +127,24 @@ class Transactions:
         deadline = started + self._timeout_s
         cause = current_delivery.get()
         inside = cause is not None and not cause.settled
-        unit = await self._committer.written(wanted, 0, b"", deadline, inside=inside)
+        sheet = Sheet()
+        await self._committer.write(sheet, wanted, ("", 0, ""), deadline, inside=inside)
         tag = wanted.scope.slot_tag
         fate = None
-        if not any(stream in self._lines for stream in unit.streams):
-            fate = await self._send(unit, tag, deadline)
+        if not any(stream in self._lines for stream in sheet.streams):
+            fate = await self._send(sheet, tag, deadline)
         while fate is None or fate.fate is Fate.FULL:
-            full = next(s for s in unit.streams if fate is None or s == fate.stream)
-            fate = await self._in_line(full, unit, tag, fate, deadline)
+            full = next(s for s in sheet.streams if fate is None or s == fate.stream)
+            fate = await self._in_line(full, sheet, tag, fate, deadline)
         if fate.fate is Fate.FAILED:
             stays = f"; what was applied before it stays: {', '.join(fate.applied)}"
             raise EffectsFailed(fate.error + (stays if fate.applied else ""), fate.applied)
         replies = list(fate.replies)
-        for command, stream, event_id in unit.places:
+        for command, sent in wanted.outgoing:
             ran, reply = replies[command]
             if ran:
-                receipt = Receipt(event_id, stream, reply.decode())
+                stream = str(wanted.commands[command].args[1])
+                receipt = Receipt(sent.event_id, stream, reply.decode())
                 replies[command] = True, receipt
                 wanted.receipts.append(receipt)
         wanted.answered(replies)
@@ -154,13 +157,13 @@ class Transactions:
     # --- no room
 
     async def _in_line(
-        self, stream: str, unit: Unit, tag: bytes | None, fate: Committed | None, deadline: float
+        self, stream: str, sheet: Sheet, tag: str | None, fate: Committed | None, deadline: float
     ) -> Committed:
         """Wait for room in a stream, behind those who wait already; then send again.
 
         One at a time asks, without the events. Errors: StreamFull.
         """
-        events, limits, waits = unit.streams[stream]
+        events, limits, waits = sheet.streams[stream]
         shortage = self._committer.shortage(stream)
         if fate is not None:
             shortage.tell(Room(0, fate.pinned, {}))
@@ -174,7 +177,7 @@ class Transactions:
         except TimeoutError:
             raise shortage.error(limits.most) from None
         else:
-            fate = await self._send(unit, tag, deadline)
+            fate = await self._send(sheet, tag, deadline)
         finally:
             line.length -= 1
             if not line.length:
@@ -199,14 +202,14 @@ class Transactions:
 
     # --- sending
 
-    async def _send(self, unit: Unit, tag: bytes | None, deadline: float) -> Committed:
+    async def _send(self, sheet: Sheet, tag: str | None, deadline: float) -> Committed:
         """Send a transaction with a ticket, until its outcome is known or its time is up."""
         free = self._free.setdefault(tag, [])
         ticket = free.pop() if free else next(self._tickets)
         sequence = next(self._sequences)
         memory = keys.transaction(self._publisher.id, ticket, tag)
         try:
-            return await self._insist(memory, str(sequence), unit, deadline)
+            return await self._insist(memory, str(sequence), sheet, deadline)
         finally:
             # Free at once, be the outcome known or not: what is still under way has a lower
             # sequence than whatever comes next with this ticket, and is refused then.
@@ -214,11 +217,11 @@ class Transactions:
             if len(self._free) > _MOST_TAGS:
                 self._free.clear()
 
-    async def _insist(self, memory: bytes, sequence: str, unit: Unit, deadline: float) -> Committed:
+    async def _insist(self, memory: str, sequence: str, sheet: Sheet, deadline: float) -> Committed:
         """Send it again, unchanged, while its outcome is unknown or time may heal what it is."""
         trouble: BusError | None = None
         maybe_sent = attempting = False
-        args: list[list[Arg]] = [["0", len(unit.args), *unit.args]]
+        args = sheet.arguments()
         try:
             async with asyncio.timeout_at(deadline):
                 async for attempt in AsyncRetrying(
@@ -231,7 +234,7 @@ class Transactions:
                         attempting = True
                         try:
                             (fate,), looks, appended = await self._store.commit(
-                                (memory,), "", sequence, unit.keys, args
+                                (memory,), "", sequence, sheet.keys, args
                             )
                         except BusError as error:
                             attempting, trouble = False, error

@@ -141,8 +141,10 @@ def test_the_core_knows_no_optional_library(path):
 
 
 def test_one_file_speaks_stream_commands():
-    """`server.py` probes with one, to see whether the server is new enough; `effects.py` writes one
-    down, for the script that applies effects."""
+    """`server.py` probes with one, to see whether the server is new enough.
+
+    `effects.py` writes one down, for the script that applies effects.
+    """
     verbs = {"XADD", "XREADGROUP", "XACK", "XCLAIM", "XAUTOCLAIM", "XPENDING", "XGROUP", "XINFO"}
     verbs |= {"XRANGE", "XREVRANGE", "XTRIM", "XDEL", "XLEN", "XREAD"}
     speakers = {

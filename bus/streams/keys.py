@@ -93,24 +93,24 @@ def producer(stream_key: str, publisher: str) -> str:
     return f"{stream_key}:pub:{publisher}"
 
 
-def transaction(publisher: str, ticket: int, tag: bytes | None) -> bytes:
+def transaction(publisher: str, ticket: int, tag: str | None) -> str:
     """Return the key under which the server remembers a transaction.
 
     tag: on a Cluster that of what it touches, see `tag_of`.
     """
-    place = b"bus:tx:" if tag is None else b"bus:{" + tag + b"}:tx:"
-    return place + f"{publisher}:{ticket}".encode()
+    place = "bus:tx:" if tag is None else f"bus:{{{tag}}}:tx:"
+    return f"{place}{publisher}:{ticket}"
 
 
-def tag_of(key: bytes) -> bytes:
+def tag_of(key: str) -> str:
     """Return the part of a key that decides its slot on a Cluster: what is in its first braces."""
-    inner = key.partition(b"{")[2].partition(b"}")
-    return inner[0] if inner[0] and inner[1] else key
+    inner, closed, _ = key.partition("{")[2].partition("}")
+    return inner if inner and closed else key
 
 
-def slot_of(key: bytes) -> int:
+def slot_of(key: str) -> int:
     """Return the slot of a key on a Cluster."""
-    return key_slot(key)
+    return key_slot(key.encode())
 
 
 def wire(name: str) -> bytes:

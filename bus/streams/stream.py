@@ -264,21 +264,19 @@ class StreamStore:
         target: tuple[Arg, ...],
         group: str,
         owner: str,
-        keys_touched: Iterable[Arg],
-        units: Iterable[list[Arg]],
+        touched: Iterable[str],
+        sheet: Sequence[Arg],
     ) -> tuple[list[Committed], list[Looked], dict[str, int]]:
         """Apply effects and ack, all in one step per delivery; or a transaction. `commit.lua`.
 
         target: the stream or inbox and its dead letters; only the memory of a transaction.
-        group, owner: "" and the sequence for a transaction. units: per delivery its arguments.
+        group, owner: "" and the sequence for a transaction. sheet: see `committer.Sheet`.
         Returns their fates, looks for room, and events appended by stream.
         3-6 us of server per delivery with a command or two.
         """
-        args: list[Arg] = [group, owner, PRODUCER_MEMORY_S]
-        for unit in units:
-            args += unit
+        args: list[Arg] = [group, owner, PRODUCER_MEMORY_S, *sheet]
         on = self.commands if group else self._publishing
-        answers, looked, appended = await _commit.run(on, (*target, *keys_touched), args)
+        answers, looked, appended = await _commit.run(on, (*target, *touched), args)
         looks = [
             Looked(stream.decode(), _pinned(who), _by_group(ghosts), _counts(dropped))
             for stream, who, ghosts, dropped in zip(*(looked[i::4] for i in range(4)), strict=True)

@@ -74,11 +74,11 @@ class Commits:
                 self._doomed(delivery, _dead_letter(fate))
             else:
                 self._tell_failed(delivery, _dead_letter(fate))
-        place = {"stream": hand.stream, "group": hand.group}
+        emit, stream, group = self._telemetry.emit, hand.stream, hand.group
         if acked:
-            self._telemetry.emit("delivery.acked", **place, count=acked)
+            emit("delivery.acked", stream=stream, group=group, count=acked)
         if refused:
-            self._telemetry.emit("delivery.refused", **place, count=refused, verb="commit")
+            emit("delivery.refused", stream=stream, group=group, count=refused, verb="commit")
         return staying
 
     def _tell_failed(self, delivery: Delivery[Any], verdict: DeadLetter) -> None:

@@ -2,12 +2,13 @@
 -- KEYS  1 stream or inbox  2 dead letters; of a transaction 1 its memory; then all it touches
 -- ARGV  1 group, '' for a transaction  2 consumer, or the transaction's sequence
 --       3 seconds to remember a transaction
---       then per delivery (a transaction is one): entry id, number of arguments of it, attempt,
---         id the entry had in its stream,
---         number of keys to check; key, type it must have if it exists, ...
---         number of streams; stream, key of its overrun counts, events, keep, slack, most, drop, ...
---         number of commands; per command: number of tests, {command, test, low, high}, ...,
---         number of arguments, name, key, ...
+--       4 msgpack: {streams, units}. streams: {{stream, key of its overrun counts, events, keep,
+--         slack, most, drop}, ...}. A unit is a delivery, or the transaction: {entry id, attempt,
+--         id the entry had in its stream, types, appends, commands, binaries or nothing}.
+--         types: {key, type it must have if it exists, ...}. appends: stream -> events. commands:
+--         {{tests, {name, key, ...}}, ...}. tests: {command, test, low, high, ...}
+--         5.. values that are no UTF-8, which msgpack cannot carry to Lua; binaries of a unit:
+--         {command, place in it, which of them, ...}
 -- Returns {{answer per delivery}, {stream, who pins it, ghosts, dropped, ...}, {stream, events
 --         appended, ...}}. An answer is
 --         1 done; 0 not this worker's any more, or done before: nothing was done;
@@ -85,95 +86,97 @@ local function bury(id, attempt, origin, err, applied)
   redis.call('XADD', KEYS[2], '*', unpack(fields))
 end
 
-local ids, starts, last = {}, {}, #ARGV
-local at = 4
-while at <= last do
-  ids[#ids + 1] = ARGV[at]
-  starts[#starts + 1] = at + 2
-  at = at + 2 + tonumber(ARGV[at + 1])
+local streams, units = unpack(cmsgpack.unpack(ARGV[4]))
+local looked, room, pins, broken = {}, {}, {}, {}
+for _, row in ipairs(streams) do
+  local stream, overrun, total, keep, slack, most, drop = unpack(row)
+  local kind = redis.call('TYPE', stream)['ok']
+  if kind ~= 'none' and kind ~= 'stream' then
+    broken[stream] = kind
+  else
+    local length, found
+    -- include _look
+    if found then
+      looked[#looked + 1] = stream
+      for _, part in ipairs(found) do looked[#looked + 1] = part end
+      pins[stream] = found[1]
+    end
+    room[stream] = most - length
+  end
 end
-local mine = transaction or owned(KEYS[1], group, owner, ids)
-local answers, looked, done, added = {}, {}, {}, {}
-for i, id in ipairs(ids) do
+
+-- full(appends) -> answer if there is no room for these events, else nil: then it is taken.
+local function full(appends)
+  for stream, events in pairs(appends) do
+    if events > room[stream] then return {2, stream, pins[stream] or {}} end
+  end
+  for stream, events in pairs(appends) do room[stream] = room[stream] - events end
+end
+
+-- mistyped(types, appends) -> what is wrong with the types of keys, else nil.
+local function mistyped(types, appends)
+  for i = 1, #types, 2 do
+    local kind = redis.call('TYPE', types[i])['ok']
+    if kind ~= 'none' and kind ~= types[i + 1] then
+      return 'WRONGTYPE ' .. types[i] .. ' is a ' .. kind .. ', not a ' .. types[i + 1]
+    end
+  end
+  for stream in pairs(appends) do
+    if broken[stream] then
+      return 'WRONGTYPE ' .. stream .. ' is a ' .. broken[stream] .. ', not a stream'
+    end
+  end
+end
+
+local mine = transaction
+if not transaction then
+  local ids = {}
+  for i, unit in ipairs(units) do ids[i] = unit[1] end
+  mine = owned(KEYS[1], group, owner, ids)
+end
+local answers, done, added = {}, {}, {}
+for i, unit in ipairs(units) do
+  local id, attempt, origin, types, appends, commands, binaries = unpack(unit)
   local answer = 0
   if transaction or mine[id] then
-    at = starts[i]
-    local attempt, origin = ARGV[at], ARGV[at + 1]
-    at = at + 2
-    local wrong, full
-    local n = tonumber(ARGV[at])
-    at = at + 1
-    for _ = 1, n do
-      local kind = redis.call('TYPE', ARGV[at])['ok']
-      if not wrong and kind ~= 'none' and kind ~= ARGV[at + 1] then
-        wrong = 'WRONGTYPE ' .. ARGV[at] .. ' is a ' .. kind .. ', not a ' .. ARGV[at + 1]
+    local wrong = mistyped(types, appends)
+    answer = not wrong and full(appends) or nil
+    if not answer then
+      for k = 1, binaries and #binaries or 0, 3 do
+        commands[binaries[k]][2][binaries[k + 1]] = ARGV[4 + binaries[k + 2]]
       end
-      at = at + 2
-    end
-    n = tonumber(ARGV[at])
-    at = at + 1
-    for _ = 1, n do
-      local stream, overrun, drop = ARGV[at], ARGV[at + 1], ARGV[at + 6]
-      local total, keep = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
-      local slack, most = tonumber(ARGV[at + 4]), tonumber(ARGV[at + 5])
-      local length, found
-      if not wrong and not full then
-        local kind = redis.call('TYPE', stream)['ok']
-        if kind ~= 'none' and kind ~= 'stream' then
-          wrong = 'WRONGTYPE ' .. stream .. ' is a ' .. kind .. ', not a stream'
-        else
-          -- include _look
-          if found then
-            looked[#looked + 1] = stream
-            for _, part in ipairs(found) do looked[#looked + 1] = part end
-          end
-          if length + total > most then full = {2, stream, found and found[1] or {}} end
-        end
-      end
-      at = at + 7
-    end
-    if full then
-      answer = full
-    else
       local replies, ran, applied = {}, {}, {}
-      n = tonumber(ARGV[at])
-      at = at + 1
-      for command = 1, wrong and 0 or n do
+      for n, command in ipairs(wrong and {} or commands) do
+        local tests, args = command[1], command[2]
         local met = true
-        for _ = 1, tonumber(ARGV[at]) do
-          if met and not holds(replies[tonumber(ARGV[at + 1])],
-              ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]) then met = false end
-          at = at + 4
+        for t = 1, #tests, 4 do
+          met = met and holds(replies[tests[t]], tests[t + 1], tests[t + 2], tests[t + 3])
         end
-        at = at + 1
-        local arguments = tonumber(ARGV[at])
         if met then
-          local reply = redis.pcall(unpack(ARGV, at + 1, at + arguments))
+          local reply = redis.pcall(unpack(args))
           if type(reply) == 'table' and reply['err'] then
             if unwritten(reply['err']) then return reply end
-            wrong = ARGV[at + 1] .. ' ' .. ARGV[at + 2] .. ': ' .. reply['err']
+            wrong = args[1] .. ' ' .. args[2] .. ': ' .. reply['err']
             break
           end
-          replies[command] = reply
-          if not reads[ARGV[at + 1]] then
+          replies[n] = reply
+          if not reads[args[1]] then
             wrote = true
-            if ARGV[at + 1] == 'XADD' then added[ARGV[at + 2]] = (added[ARGV[at + 2]] or 0) + 1 end
-            applied[#applied + 1] = ARGV[at + 1] .. ' ' .. ARGV[at + 2]
+            if args[1] == 'XADD' then added[args[2]] = (added[args[2]] or 0) + 1 end
+            applied[#applied + 1] = args[1] .. ' ' .. args[2]
           end
         end
-        ran[command] = met and 1 or 0
-        at = at + arguments + 1
+        ran[n] = met and 1 or 0
       end
+      answer = 1
       if wrong then
         answer = {3, wrong, table.concat(applied, '\n')}
         if not transaction then bury(id, attempt, origin, wrong, answer[3]) end
       elseif transaction then
-        for command = 1, n do
-          if replies[command] == nil then replies[command] = false end
+        for n = 1, #commands do
+          if replies[n] == nil then replies[n] = false end
         end
         answer = {1, ran, replies}
-      else
-        answer = 1
       end
       if not transaction then done[#done + 1] = id end
     end
