@@ -11,6 +11,7 @@ from bus.bus import Bus
 from bus.delivery import DeadLettered, Delivery, Envelope
 from bus.effects import Effects
 from bus.errors import (
+    AlreadySettled,
     AuthenticationFailed,
     BusClosed,
     BusError,
@@ -51,6 +52,7 @@ from bus.transaction import Transaction
 from bus.worker.supervisor import Worker
 
 __all__ = [
+    "AlreadySettled",
     "AuthenticationFailed",
     "Backlog",
     "Backoff",

@@ -1,5 +1,6 @@
 """The facade: wires the parts of one process and delegates to them. No logic lives here."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
@@ -141,7 +142,7 @@ class Bus:
             return
         self._open = False
         forget_after_fork(self._after_fork)
-        await self._publisher.close()
+        await asyncio.gather(self._publisher.close(), self._transactions.close())
         self.committer.close()
         await self.store.close()
         if self._redis is not None:

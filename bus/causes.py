@@ -7,50 +7,58 @@ from hashlib import blake2b
 from typing import Any
 
 from bus.config import CAUSATION_DEPTH
-from bus.delivery import Delivery
+from bus.delivery import BatchCause, Delivery
 from bus.errors import EventLoop, Undecodable
 from bus.streams.codec import Fields, Headers, plain_entry
 
 
-def caused_fields(cause: Delivery[Any], type: str, given: Headers | None) -> Fields:
-    """Return the fields that say what caused an event of `type`. Errors: EventLoop.
+def inherit(
+    cause: Delivery[Any] | BatchCause, type: str, key: str | None, given: Headers | None
+) -> tuple[str | None, Fields]:
+    """Return the id and the header fields that an event of `type` has from its cause.
 
-    given: headers of the caller, which may name another cause.
+    given: headers of the caller, which may name another cause. The id is None if several
+    deliveries caused it: no retry would find them together again. Errors: EventLoop.
     """
+    if isinstance(cause, BatchCause):
+        depth = max((_ids_of(d)[2] for d in cause.deliveries), default=0)
+        return None, ["causationdepth", _deeper(depth, type, "a batch")]
     event_id, correlation_id, depth = _ids_of(cause)
+    fields: Fields = ["causationdepth", _deeper(depth, type, correlation_id)]
+    if given is None or given.correlation_id is None:
+        fields += ("correlationid", _wire(correlation_id))
+    if given is None or given.causation_id is None:
+        fields += ("causationid", _wire(event_id))
+    return _derived_id(cause, event_id, type, key or ""), fields
+
+
+def _deeper(depth: int, type: str, first: str) -> str:
     if depth >= CAUSATION_DEPTH:
         raise EventLoop(
-            f"{type} would be event number {depth + 1} that one caused, and {CAUSATION_DEPTH} are"
-            f" allowed; the first one was {correlation_id}. Do handlers trigger each other for"
-            " ever? Publish only what has changed"
+            f"{type} would be event number {depth + 1} in a chain of causes, and {CAUSATION_DEPTH}"
+            f" are allowed; the chain began with {first}. Do handlers trigger each other for ever?"
+            " Publish only what has changed"
         )
-    fields: Fields = ["causationdepth", str(depth + 1)]
-    if given is None or given.correlation_id is None:
-        fields += ("correlationid", correlation_id)
-    if given is None or given.causation_id is None:
-        fields += ("causationid", event_id)
-    return fields
+    return str(depth + 1)
 
 
-def derived_id(cause: Delivery[Any], type: str, key: str | None) -> str:
+def _derived_id(cause: Delivery[Any], event_id: str, type: str, key: str) -> str:
     """Return an id that a retry of the same delivery makes again for the same publish."""
     ordinals = cause.ordinals
     if ordinals is None:
         ordinals = cause.ordinals = {}
-    ordinal = ordinals[type, key or ""] = ordinals.get((type, key or ""), 0) + 1
-    event_id, group, key = _ids_of(cause)[0], cause.group, key or ""
+    ordinal = ordinals[type, key] = ordinals.get((type, key), 0) + 1
+    group = cause.origin.group
     # Lengths in front: ("ab", "c") and ("a", "bc") must not meet.
-    text = (
-        f"{len(event_id)}:{event_id}{len(group)}:{group}{len(type)}:{type}{len(key)}:{key}"
-        f"{len(str(ordinal))}:{ordinal}"
-    )
+    text = f"{len(event_id)}:{event_id}{len(group)}:{group}{len(type)}:{type}{len(key)}:{key}"
+    text += f"{len(str(ordinal))}:{ordinal}"
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _ids_of(cause: Delivery[Any]) -> tuple[str, str, int]:
     """Return event id, correlation id and depth; on_dead may run for one that has none."""
     try:
-        if plain_entry(cause.fields) is not None:  # no headers: most events are nobody's effect
+        if plain_entry(cause.fields) is not None:  # it has no headers, as most
             event_id = cause.fields[1].decode()
             return event_id, event_id, 0
         envelope = cause.envelope
@@ -58,3 +66,7 @@ def _ids_of(cause: Delivery[Any]) -> tuple[str, str, int]:
         return cause.entry_id.decode(), cause.entry_id.decode(), 0
     event_id = envelope.event_id
     return event_id, envelope.correlation_id or event_id, envelope.causation_depth
+
+
+def _wire(text: str) -> str | bytes:
+    return text if text.isascii() else text.encode()

@@ -47,7 +47,13 @@ class Scope:
             return
         slot = keys.slot_of(key)
         if self._slot is None:
-            self._slot, self.slot_tag = slot, keys.tag_of(key)
+            tag = keys.tag_of(key)
+            if "}" in tag:  # it could not be the tag of another key
+                raise InvalidEffect(
+                    f"{key}: on a Cluster, name the keys of a transaction with a part in braces,"
+                    " or without braces at all"
+                )
+            self._slot, self.slot_tag = slot, tag
         if slot != self._slot:
             hint = (
                 "; effects.key(name) makes a key in the slot of the delivery's stream"
@@ -82,14 +88,18 @@ class Sheet:
     binaries: list[bytes] = field(default_factory=list)
 
     def without_binaries(self, command: int, full: Command, aside: list[int]) -> Command:
-        """Return a command without its binaries; `aside` gets the places of these, from 1."""
-        args: list[Arg] = []
-        for place, value in enumerate(full.args, 1):
-            if isinstance(value, bytes):
-                self.binaries.append(value)
-                aside += (command + 1, place, len(self.binaries))
-            args.append("" if isinstance(value, bytes) else value)
-        return Command(full.tests, args)
+        """Return a command without its binaries; `aside` gets the places of these, from 1.
+
+        The places of those in its tests are negative.
+        """
+        tests, args = list(full.tests), list(full.args)
+        for values, sign in ((tests, -1), (args, 1)):
+            for place, value in enumerate(values, 1):
+                if isinstance(value, bytes):
+                    self.binaries.append(value)
+                    aside += (command + 1, sign * place, len(self.binaries))
+                    values[place - 1] = ""
+        return Command(tests, args)
 
     def arguments(self) -> list[Arg]:
         """Return it as the script takes it: one packed argument, then the binaries."""
@@ -97,11 +107,21 @@ class Sheet:
         for stream, (events, limits, _) in self.streams.items():
             overrun = keys.overrun(stream)
             self.keys[stream] = self.keys[overrun] = None
-            drop = int(limits.drop_oldest)
+            drop = "1" if limits.drop_oldest else ""
             streams.append((stream, overrun, events, limits.keep, limits.slack, limits.most, drop))
         return [msgspec.msgpack.encode((streams, self.units)), *self.binaries]
 
 
+def _check_fits(stream: str, events: int, limits: Limits) -> None:
+    room = limits.most - limits.keep
+    if events > room:
+        raise InvalidEvent(
+            f"so many events can never be published at once to {stream}: there is room for"
+            f" {room:,} between keep and maxlen; do it in several steps"
+        )
+
+
+_LATELY = 20  # dead letters that others may have added since an answer was lost
 _SENT = Committed(Fate.DONE)  # in the place of an answer that is yet to come
 
 
@@ -140,7 +160,8 @@ class Committer:
         """Write effects down on a sheet.
 
         entry: id, attempt, and id in its own stream. deadline: loop time until which the streams
-        of events are found out. Errors: InvalidEffect; those of `publish`. Nothing is written then.
+        of events are found out. Errors: InvalidEffect; InvalidEvent, more events than ever fit;
+        those of `publish`. Nothing is written then.
         """
         commands = effects.commands
         appends: dict[str, int] = {}
@@ -150,8 +171,10 @@ class Committer:
             effects.admit(place[0])
             commands[command].args[1] = place[0]
             found.append(place)
-        for stream, limits, waits in found:
+        for stream, limits, _ in found:
             appends[stream] = appends.get(stream, 0) + 1
+            _check_fits(stream, appends[stream], limits)
+        for stream, limits, waits in found:
             sheet.streams[stream] = sheet.streams.get(stream, (0,))[0] + 1, limits, waits
         unit: list[Any] = [*entry, effects.types, appends, commands]
         if effects.binary:
@@ -160,6 +183,9 @@ class Committer:
             for command in effects.binary:
                 unit[-1][command] = sheet.without_binaries(command, commands[command], aside)
             unit.append(aside)
+        if effects.last is not None:
+            unit[5] = [*unit[5], effects.last]
+            sheet.keys[str(effects.last.args[1])] = None
         sheet.units.append(unit)
         sheet.keys.update(dict.fromkeys(effects.keys))
 
@@ -195,6 +221,17 @@ class Committer:
         fates = [next(answered) if f is _SENT else f for f in fates]
         self.tell(looks, appended)
         return fates
+
+    async def lost_failures(
+        self, stream: str, group: str, deliveries: Sequence[Delivery[Any]]
+    ) -> dict[Delivery[Any], Committed]:
+        """Return those of which an attempt without an answer had failed: dead letters by now.
+
+        One round trip. Errors: as `commit`.
+        """
+        failed = await self._store.failed_lately(stream, group, len(deliveries) + _LATELY)
+        named = {(original_id(d), str(d.attempt).encode()): d for d in deliveries}
+        return {d: failed[name] for name, d in named.items() if name in failed}
 
     def tell(self, looks: Iterable[Looked], appended: Mapping[str, int]) -> None:
         """Tell what a script met and added."""

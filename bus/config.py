@@ -1,6 +1,7 @@
 """Every default of the library, each in one place with its unit and its reason."""
 
 import re
+from datetime import timedelta
 
 from bus.errors import DeclarationError
 
@@ -47,6 +48,9 @@ READ_BYTES = 1024 * 1024  # aim per read, by the running mean of entry sizes
 IN_HAND_S = 0.020  # read ahead while what is in hand is less work than this
 WAITED_S = 1.0  # what waited longer without starting is handed back
 SLOT_TURN_S = 0.005  # a slot lets others run at least this often
+BATCH_MOST = 5_000  # deliveries per call of a batch handler, as many as one publish_many takes
+BATCH_WAIT_MS = 50  # what a call waits to be fuller: what a person does not notice
+BATCH_WAIT_MOST_MS = 10_000  # what waits is in this worker's hand, and nobody else's
 MAX_DECODE_BYTES = 8 * 1024 * 1024  # no publisher of ours writes more; tiny msgpack can swell x65
 RETRY_LATER_MIN_S = 0.1  # RetryLater uses up no attempt: at 0 it would spin for ever
 UNKNOWN_TYPE_PARK_S = 300.0  # an unknown type waits for the deployment that brings it...
@@ -64,6 +68,10 @@ EFFECT_BYTES = 1024 * 1024
 EFFECT_VALUES = 4_000  # of one command: Lua passes on about 8,000 at a time
 EFFECTS_PER_CALL = 2_000  # commands of all deliveries that share a script call...
 COMMITS_PER_CALL = 200  # ...and deliveries
+ONCE_LEAST = timedelta(seconds=1)  # a publisher's own repeats take longer to come than that
+ONCE_MOST = timedelta(days=366)
+ONCE_BUSY_PARK_S = 5.0  # how long a second delivery of an event waits for the first one's end
+ONCE_CLAIM_S = 86_400  # who may handle an event is noted for so long, also if it takes its time
 CAUSATION_DEPTH = 32  # events that cause events that cause events: more is a loop
 
 # --- the breaker: an outage of what a handler calls kills no event

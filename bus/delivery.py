@@ -39,13 +39,14 @@ window `DeadLetter("failed")` is held in the worker's hand, as running; an outag
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Generic, Protocol, TypeVar
 
 from bus.effects import Effects
+from bus.errors import AlreadySettled, DeclarationError, Reject, RetryLater
 from bus.event import Event
 
 E_co = TypeVar("E_co", bound=Event, covariant=True)
@@ -86,7 +87,8 @@ class Park:
 class DeadLetter:
     """Never: move to the dead letters.
 
-    reason: `failed` (attempts used up), `rejected`, `undecodable`, `newer-version`, `crashed`.
+    reason: `failed` (attempts used up), `rejected`, `undecodable`, `newer-version`, `crashed`,
+    `effects-failed`.
     """
 
     reason: str
@@ -199,11 +201,14 @@ class Origin:
 class Delivery(Generic[E_co]):
     """An entry handed to a group for the n-th time.
 
-    A handler's second argument. `attempt` is 1 for the first. After the handler has returned or
-    raised, the delivery is settled and what is published no longer belongs to it.
+    A handler's second argument, or one of the list that a batch handler takes. `attempt` is 1 for
+    the first. After the handler has returned or raised, the delivery is settled and what is
+    published no longer belongs to it. A batch handler may settle single ones before, by `fail`,
+    `reject` or `retry_later`.
     """
 
     __slots__ = (
+        "_batch",  # BatchCause; unset outside batches, so that nobody else pays for it
         "_effects",
         "_envelope",
         "attempt",
@@ -221,6 +226,7 @@ class Delivery(Generic[E_co]):
     )
 
     event: E_co
+    _batch: "BatchCause"
 
     def __init__(
         self,
@@ -260,7 +266,7 @@ class Delivery(Generic[E_co]):
     @property
     def has_effects(self) -> bool:
         """Whether any effect was collected."""
-        return self._effects is not None and len(self._effects) > 0
+        return self._effects is not None and bool(self._effects)
 
     def close_effects(self) -> None:
         """Collect no more: the handler has returned."""
@@ -269,6 +275,7 @@ class Delivery(Generic[E_co]):
 
     def refuse_effects(self, why: str) -> None:
         """Collect none: what they would take part in is not to be."""
+        self.close_effects()
         self._effects = Effects.none(why)
 
     @property
@@ -307,6 +314,51 @@ class Delivery(Generic[E_co]):
             },
         )
 
+    # --- in a batch handler
+
+    def fail(self, error: BaseException) -> None:
+        """Settle this one of a batch as if the handler had raised `error` for it alone.
+
+        An ordinary exception is a failed attempt: retried with backoff, then a dead letter. Raises
+        nothing and ends nothing: go on with the others. Errors: TypeError if `error` is no
+        exception, AlreadySettled, DeclarationError outside a batch handler.
+        """
+        if not isinstance(error, BaseException):
+            raise TypeError(
+                f"delivery.fail takes an exception, not {error!r}: fail(ValueError('why'));"
+                " to dead-letter it now, delivery.reject('why')"
+            )
+        self._settle_singly(error, "raise the error")
+
+    def reject(self, reason: object) -> None:
+        """Settle this one of a batch as a dead letter now, as `raise Reject(reason)` would.
+
+        Errors: AlreadySettled, DeclarationError outside a batch handler.
+        """
+        self._settle_singly(Reject(reason), "raise Reject(reason)")
+
+    def retry_later(self, delay_s: float) -> None:
+        """Park this one of a batch for `delay_s` seconds, using up no attempt, as RetryLater does.
+
+        Errors: ValueError for what is no delay, AlreadySettled, DeclarationError outside a batch
+        handler.
+        """
+        self._settle_singly(RetryLater(delay_s), "raise RetryLater(delay_s)")
+
+    def _settle_singly(self, error: BaseException, instead: str) -> None:
+        batch = getattr(self, "_batch", None)
+        if batch is None:
+            raise DeclarationError(
+                f"only a batch handler, while it runs, settles deliveries one by one: in an"
+                f" ordinary handler {instead} instead, or declare group {self.group} with batch="
+            )
+        if batch.settled:
+            raise AlreadySettled(f"{self!r} was settled when the call of its batch ended")
+        if self in batch.answers:
+            first = type(batch.answers[self]).__name__
+            raise AlreadySettled(f"{self!r} was settled before, by {first}: that one holds")
+        batch.answers[self] = error
+
     def __repr__(self) -> str:
         return (
             f"<Delivery {self.entry_id.decode()} of {self.origin.stream}"
@@ -319,8 +371,36 @@ _TOO_LATE = (
     " tasks that do"
 )
 
-# What is being handled in this context; set by the slot for each call, void once it is settled.
-current_delivery: ContextVar[Delivery[Any] | None] = ContextVar("current_delivery", default=None)
+
+class BatchCause:
+    """The deliveries of one call of a batch handler: together they cause what it publishes.
+
+    answers: how single ones were settled, as the exceptions that would say so. settled: whether the
+    call has ended; then it holds no deliveries any more.
+    """
+
+    __slots__ = ("answers", "deliveries", "settled")
+
+    def __init__(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        self.deliveries = deliveries
+        self.answers: dict[Delivery[Any], BaseException] = {}
+        self.settled = False
+        for delivery in deliveries:
+            delivery._batch = self  # noqa: SLF001 - one thing in two classes
+
+    def end(self) -> dict[Delivery[Any], BaseException]:
+        """Let nothing more be settled singly; return what was."""
+        answers, self.answers = self.answers, {}
+        self.deliveries = ()  # they know this, and must not have to wait for a garbage collection
+        self.settled = True
+        return answers
+
+
+# What is being handled in this context; set by the slot for each call, void once it is settled. A
+# batch of one is handled as that delivery.
+current_delivery: ContextVar[Delivery[Any] | BatchCause | None] = ContextVar(
+    "current_delivery", default=None
+)
 
 
 @dataclass(frozen=True, slots=True)

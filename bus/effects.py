@@ -97,6 +97,7 @@ class Effects:
         "bytes",
         "commands",
         "keys",
+        "last",
         "outgoing",
         "types",
     )
@@ -112,12 +113,13 @@ class Effects:
         self.outgoing: list[tuple[int, Outgoing]] = []  # the place of a command, and its event
         self.binary: list[int] = []  # the places of commands with values that are no UTF-8
         self.bytes = 0  # about
+        self.last: Command | None = None  # the bus's own, when all others have been applied
 
     @classmethod
     def none(cls, why: str) -> "Effects":
         """Return one that takes nothing; `why` is what a caller is told."""
         effects = cls.__new__(cls)
-        effects.commands = []
+        effects.commands, effects.last = [], None
         effects.close(why)
         return effects
 
@@ -125,7 +127,7 @@ class Effects:
         return len(self.commands)
 
     def __bool__(self) -> bool:
-        return bool(self.commands)
+        return bool(self.commands) or self.last is not None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self.commands)} commands>"
@@ -175,7 +177,7 @@ class Effects:
 
     def incrbyfloat(self, key: Key, by: float, *, when: Condition | None = None) -> Reply:
         """INCRBYFLOAT."""
-        return self._add("INCRBYFLOAT", "string", key, (value_of(by),), when)
+        return self._add("INCRBYFLOAT", "string", key, (number_of(by),), when)
 
     # --- hashes
 
@@ -201,7 +203,7 @@ class Effects:
         self, key: Key, field: Key, by: float, *, when: Condition | None = None
     ) -> Reply:
         """HINCRBYFLOAT."""
-        return self._add("HINCRBYFLOAT", "hash", key, (value_of(field), value_of(by)), when)
+        return self._add("HINCRBYFLOAT", "hash", key, (value_of(field), number_of(by)), when)
 
     def hdel(self, key: Key, *fields: Key, when: Condition | None = None) -> Reply:
         """HDEL; the reply is how many fields there were."""
@@ -300,12 +302,12 @@ class Effects:
         """
         if self._closed:
             raise EffectsClosed(self._closed)
-        sent = self._scope.outgoing(event, event_id, headers, self._cause)
         tests = () if when is None else self._tests(when)
-        self.outgoing.append((len(self.commands), sent))
+        sent = self._scope.outgoing(event, event_id, headers, self._cause)
         # The stream is found when it is sent: how many partitions a topic has, the server says.
-        self.commands.append(Command(tests, ["XADD", "", "*", *sent.fields]))
-        return self._added()
+        reply = self._append(Command(tests, ["XADD", "", "*", *sent.fields]))
+        self.outgoing.append((len(self.commands) - 1, sent))
+        return reply
 
     # --- collecting
 
@@ -331,6 +333,7 @@ class Effects:
                 " split them over several commands"
             )
         key = key_of(key)
+        tests = () if when is None else self._tests(when)
         known = self.keys.get(key)
         if known is None:
             self._admit(key)
@@ -341,23 +344,27 @@ class Effects:
             self._change_kind(name, key, known, kind)
         if leaves and when is None:
             self.keys[key] = leaves
-        args = [name, key, *values]
-        self.commands.append(Command(() if when is None else self._tests(when), args))
-        return self._added()
+        return self._append(Command(tests, [name, key, *values]))
 
-    def _added(self) -> Reply:
-        args = self.commands[-1].args
+    def _append(self, command: Command) -> Reply:
+        binary = False
         try:
-            self.bytes += len("".join(args))  # type: ignore[arg-type] # counted and checked at once
+            size = len("".join(command.args))  # type: ignore[arg-type] # counted, checked at once
         except TypeError:
-            self.binary.append(len(self.commands) - 1)
-            self.bytes += sum(map(len, args))
-        if len(self.commands) > EFFECTS or self.bytes > EFFECT_BYTES:
-            self.close("there were too many effects")
+            binary = True
+            size = sum(map(len, command.args))
+        if command.tests:
+            size += sum(8 if isinstance(t, int) else len(t) for t in command.tests)
+            binary = binary or any(isinstance(t, bytes) for t in command.tests)
+        if len(self.commands) >= EFFECTS or self.bytes + size > EFFECT_BYTES:
             raise InvalidEffect(
                 f"more than {EFFECTS:,} effects or {EFFECT_BYTES // 1024} KiB: they run in one"
                 " script, during which the server does nothing else; do it in several steps"
             )
+        if binary:
+            self.binary.append(len(self.commands))
+        self.bytes += size
+        self.commands.append(command)
         return Reply(self, len(self.commands))
 
     def _admit(self, key: str) -> None:

@@ -20,6 +20,7 @@ BusError
 │   ├── ServerUnsuitable      too old, or it may evict streams
 │   ├── ServerRefused         it answers and takes no writes now: see `.code`
 │   └── WrongKeyType          a key that should be a stream holds something else
+├── AlreadySettled            a batch handler settles one delivery twice, or after its call ended
 ├── BusClosed                 the bus was closed before; connect again
 ├── EffectsFailed             a transaction's command failed; see `.applied` for what stays
 └── PublishError              a publish or a transaction did not end well
@@ -129,6 +130,10 @@ class ServerRefused(ServerError):
 
 class WrongKeyType(ServerError):
     """A key that should hold a stream holds another type; it is never deleted by the bus."""
+
+
+class AlreadySettled(BusError):
+    """A delivery of a batch was settled singly before, or the call it belonged to has ended."""
 
 
 class BusClosed(BusError):

@@ -4,8 +4,6 @@ import importlib
 import inspect
 import pkgutil
 import traceback
-import types
-import typing
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -15,16 +13,22 @@ from typing import Any, Generic, Literal, ParamSpec, Protocol, overload
 from bus.backoff import Backoff
 from bus.breaker import Breaker
 from bus.config import (
+    BATCH_MOST,
+    BATCH_WAIT_MOST_MS,
+    BATCH_WAIT_MS,
     CONCURRENCY,
     MAX_ATTEMPTS,
     MAXLEN_MAX,
+    ONCE_LEAST,
+    ONCE_MOST,
     VISIBILITY_S,
     checked_name,
     checked_number,
 )
-from bus.delivery import DeadLettered, Delivery
+from bus.delivery import DeadLettered
 from bus.errors import DeclarationError, NotSupported
 from bus.event import Event, info_of, type_matches
+from bus.signature import checked_signature
 from bus.topic import Topic, topics_of
 
 P = ParamSpec("P")
@@ -39,6 +43,7 @@ class Handler(Generic[P]):
 
     call: the async function, or the bound `handle` of an instance of the class.
     takes_delivery: whether it is called with (event, delivery) or with the event alone.
+    batch: None if it takes one event at a time, else the most deliveries in the list it takes.
     patterns: the types it asked for, exact names and patterns.
     The other fields are the parameters of `event_handler`.
     """
@@ -57,6 +62,9 @@ class Handler(Generic[P]):
     on_dead: OnDead | None = None
     dead_letter_maxlen: int | None = None
     breaker: Breaker | None = BREAKER
+    batch: int | None = None
+    batch_wait_ms: int = BATCH_WAIT_MS
+    once: timedelta | None = None
     name: str = ""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Awaitable[Any]:
@@ -113,19 +121,22 @@ def event_handler(
     dead_letter_maxlen: most dead letters per partition, None for any number. When they are full,
         what would die is parked, again and again, until some are taken out; nothing is dropped.
     breaker: when most calls fail, events wait instead of using up attempts; None switches it off.
-    batch, batch_wait_ms, once, ordered: not part of this release.
+    batch: makes it a batch handler, `async def count(deliveries: list[Delivery[E]])`, called with
+        1 to `batch` deliveries, at most 5,000. Returning acks all of them but those that it settled
+        singly (`delivery.fail`, `.reject`, `.retry_later`): one that it forgot is acked, too.
+        Raising fails all but those. `timeout_s` and `concurrency` are those of the calls.
+    batch_wait_ms: how long a call waits to be fuller, from the receipt of the oldest that waits;
+        0 to 10,000, 50 if not said. A retry waits for company as any other; an entry that may have
+        killed its worker goes alone.
+    once: for so long after an event was handled, another entry with its event id is acked
+        unhandled; two are never handled at a time. See docs/guarantees.md for what it covers.
+    ordered: not part of this release.
     Errors: DeclarationError, NotSupported. Nothing is registered globally.
     """
-    later = {
-        "batch": batch,
-        "batch_wait_ms": batch_wait_ms,
-        "once": once,
-        "ordered": ordered or None,
-    }
-    for parameter, value in later.items():
-        if value is not None:
-            raise NotSupported(f"handler {group}: {parameter} is not part of this release")
+    if ordered:
+        raise NotSupported(f"handler {group}: ordered is not part of this release")
     checked_name(group, "group name")
+    _check_batch(batch, batch_wait_ms, group)
     checked_number(concurrency, f"handler {group}: concurrency", 1, 10_000, whole=True)
     checked_number(max_attempts, f"handler {group}: max_attempts", 1, 1_000_000, whole=True)
     checked_number(visibility_s, f"handler {group}: visibility_s", 0.3, 86_400)
@@ -137,6 +148,8 @@ def event_handler(
     if start not in ("beginning", "now"):
         raise DeclarationError(f"handler {group}: start is 'beginning' or 'now', not {start!r}")
     _check_policies(backoff, breaker, group)
+    if once is not None:
+        _check_once(once, group)
     if on_dead is not None:
         _check_on_dead(on_dead, group)
     if isinstance(topics, str):
@@ -148,12 +161,13 @@ def event_handler(
 
     def decorate(target: Any) -> Handler[Any]:
         call, name = _callable_of(target, group)
-        _check_annotation(call, [w for w in what if isinstance(w, type)], group)
+        asked = [w for w in what if isinstance(w, type)]
+        takes_delivery = checked_signature(call, asked, group, batch=batch is not None)
         return Handler(
             call=call,
             patterns=patterns,
             group=group,
-            takes_delivery=_takes_delivery(call, group),
+            takes_delivery=takes_delivery,
             topics=names,
             concurrency=concurrency,
             max_attempts=max_attempts,
@@ -164,6 +178,9 @@ def event_handler(
             on_dead=on_dead,
             dead_letter_maxlen=dead_letter_maxlen,
             breaker=breaker,
+            batch=batch,
+            batch_wait_ms=BATCH_WAIT_MS if batch_wait_ms is None else batch_wait_ms,
+            once=once,
             name=name,
         )
 
@@ -215,6 +232,26 @@ def _check_policies(backoff: object, breaker: object, group: str) -> None:
         )
 
 
+def _check_batch(batch: int | None, wait_ms: int | None, group: str) -> None:
+    if batch is not None:
+        checked_number(batch, f"handler {group}: batch", 1, BATCH_MOST, whole=True)
+    elif wait_ms is not None:
+        raise DeclarationError(
+            f"handler {group}: batch_wait_ms goes with batch=, the most per call"
+        )
+    if wait_ms is not None:
+        waits = f"handler {group}: batch_wait_ms"
+        checked_number(wait_ms, waits, 0, BATCH_WAIT_MOST_MS, whole=True)
+
+
+def _check_once(once: object, group: str) -> None:
+    if not isinstance(once, timedelta) or not ONCE_LEAST <= once <= ONCE_MOST:
+        raise DeclarationError(
+            f"handler {group}: once is a timedelta of {ONCE_LEAST.total_seconds():g} s to"
+            f" {ONCE_MOST.days} days, how long an event is remembered, not {once!r}"
+        )
+
+
 def _check_on_dead(on_dead: OnDead, group: str) -> None:
     if not inspect.iscoroutinefunction(on_dead):
         raise DeclarationError(f"handler {group}: on_dead must be an async function")
@@ -224,42 +261,6 @@ def _check_on_dead(on_dead: OnDead, group: str) -> None:
         raise DeclarationError(
             f"handler {group}: on_dead takes (dead_lettered, bus), not {inspect.signature(on_dead)}"
         ) from None
-
-
-def _check_annotation(call: Callable[..., Any], asked: list[type[Event]], group: str) -> None:
-    """Refuse a handler whose first parameter is annotated as none of the events it asks for."""
-    try:
-        hints = typing.get_type_hints(call)
-        first = next(iter(inspect.signature(call).parameters.values()))
-    except Exception:  # annotations that cannot be resolved here are the type checker's business
-        return
-    hint = hints.get(first.name, Any)
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    accepted = typing.get_args(hint) if union else (hint,)
-    if any((typing.get_origin(a) or a) is Delivery for a in accepted):
-        raise DeclarationError(f"handler {group}: the event comes first, then the delivery")
-    classes = [a for a in accepted if isinstance(a, type)]
-    if Any in accepted or len(classes) != len(accepted) or not asked:
-        return
-    if not any(issubclass(event, c) for event in asked for c in classes):
-        raise DeclarationError(
-            f"handler {group}: asks for {', '.join(e.__name__ for e in asked)} and its parameter"
-            f" `{first.name}` is annotated as {getattr(hint, '__name__', hint)}"
-        )
-
-
-def _takes_delivery(call: Callable[..., Any], group: str) -> bool:
-    parameters = inspect.signature(call).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return True
-    required = [p for p in positional if p.default is p.empty]
-    unfilled = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if not positional or len(required) > 2 or unfilled:  # noqa: PLR2004 - event, delivery
-        raise DeclarationError(
-            f"handler {group}: takes (event) or (event, delivery), not {inspect.signature(call)}"
-        )
-    return len(positional) > 1
 
 
 class Registry:

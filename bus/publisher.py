@@ -22,9 +22,9 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from bus.causes import caused_fields, derived_id
+from bus.causes import inherit
 from bus.config import UNIT_BYTES, UNIT_EVENTS
-from bus.delivery import Delivery, current_delivery
+from bus.delivery import BatchCause, Delivery, current_delivery
 from bus.effects import Outgoing
 from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout
 from bus.event import Event, EventInfo, info_of
@@ -183,21 +183,19 @@ class Publisher:
         event: Event,
         event_id: str | None,
         headers: Headers | None,
-        cause: Delivery[Any] | None,
+        cause: Delivery[Any] | BatchCause | None,
     ) -> tuple[str, str, Fields, int]:
         """Return event id, what decides the partition, the entry's fields and their size."""
         key = key_of(info, event)
-        if cause is not None and cause.settled:
-            cause = None
-        if cause is not None:
-            event_id = event_id or derived_id(cause, info.type, key)
-        elif event_id is None:
-            event_id = self._ids.next()
         if headers is not None and headers.source is None:
             headers = headers._replace(source=self._source)
         extra = self._headers if headers is None else header_fields(headers)
-        if cause is not None:
-            extra = extra + caused_fields(cause, info.type, headers)
+        if cause is not None and not cause.settled:
+            derived, inherited = inherit(cause, info.type, key, headers)
+            event_id = event_id or derived
+            extra = extra + inherited
+        if event_id is None:
+            event_id = self._ids.next()
         fields, size = encode(info, event, event_id, key, extra, self._max_event_bytes)
         return event_id, event_id if key is None else key, fields, size
 
@@ -208,15 +206,15 @@ class Publisher:
         event: Event,
         event_id: str | None,
         headers: Headers | None,
-        cause: Delivery[Any] | None,
+        cause: Delivery[Any] | BatchCause | None,
     ) -> Outgoing:
         """Make an event ready to be appended by a script of others; see `place`."""
         if not isinstance(event, Event):
             raise _no_event(event.__class__)
         info = info_of(event.__class__)
         event_id, routed_by, fields, size = self._prepared(info, event, event_id, headers, cause)
-        texts = [f if f.__class__ is str else text_of(f) for f in fields]  # type: ignore[arg-type]
-        return Outgoing(info.cls, event_id, routed_by, texts, size)
+        fields[5] = text_of(fields[5])  # type: ignore[arg-type] # the data
+        return Outgoing(info.cls, event_id, routed_by, fields, size)
 
     async def place(
         self, sent: Outgoing, deadline: float, *, inside: bool

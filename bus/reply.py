@@ -13,8 +13,8 @@ from bus.errors import InvalidEffect, NoReplyYet
 Value: TypeAlias = str | bytes | int | float
 Arg: TypeAlias = str | bytes  # bytes only if they are no UTF-8
 
-# A script compares as doubles; up to here every whole number is one.
-_EXACT = 2**53
+# A script compares as doubles: up to here every whole number is one, and no other looks like it.
+_EXACT = 2**53 - 1
 _INT64 = 2**63
 
 
@@ -115,14 +115,18 @@ class Reply:
     def _refuse(self, *_: object) -> Any:
         _not_yet()
 
-    __bool__ = __int__ = __float__ = __index__ = __str__ = __bytes__ = __iter__ = _refuse
+    __bool__ = __int__ = __float__ = __index__ = __str__ = __bytes__ = __format__ = _refuse
+    __iter__ = __len__ = __getitem__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _refuse
+    __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _refuse
     __hash__ = object.__hash__
 
 
 def key_of(key: object) -> str:
-    """Return a key as text. Errors: InvalidEffect."""
+    """Return a key as text. Errors: InvalidEffect, NoReplyYet."""
+    if isinstance(key, Reply):
+        _not_yet()
     if isinstance(key, bytes):
         key = text_of(key)
     if not isinstance(key, str):
@@ -139,19 +143,19 @@ def text_of(value: bytes) -> Arg:
 
 
 def checked_text(text: str) -> str:
-    """Return `text` if it can be encoded. Errors: InvalidEffect."""
+    """Return `text`, without its class, if it can be encoded. Errors: InvalidEffect."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError:
             raise InvalidEffect("a text is not UTF-8: it holds a lone surrogate") from None
-    return text
+    return str.__str__(text)  # that of an enum, or any class of a user's, may be anything
 
 
 def value_of(value: object) -> Arg:
     """Return a value as an argument. Errors: InvalidEffect, NoReplyYet."""
     if isinstance(value, str):
-        return checked_text(str(value))
+        return checked_text(value)
     if isinstance(value, bytes):
         return text_of(value)
     if isinstance(value, int | float):
@@ -187,7 +191,9 @@ def _bound(value: object) -> str:
     if isinstance(value, float) and math.isinf(value):
         return "1e999" if value > 0 else "-1e999"
     if isinstance(value, int) and abs(value) > _EXACT:
-        raise InvalidEffect(f"{value} is above 2^53: scripts compare larger numbers inexactly")
+        raise InvalidEffect(
+            f"{value} is not between -2^53 and 2^53: scripts compare larger numbers inexactly"
+        )
     return number_of(value)
 
 

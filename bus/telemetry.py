@@ -62,6 +62,9 @@ EVENTS: dict[str, Emitted] = {
         _D, ("stream", "count"), "events appended as effects, of deliveries or a transaction"
     ),
     "transaction.committed": Emitted(_D, ("commands", "duration_s"), "state and events are in"),
+    "delivery.duplicate": Emitted(
+        _I, _ENTRY, "acked: another delivery of the event was handled (once=)"
+    ),
     "delivery.skipped": Emitted(
         _D, ("stream", "group", "count"), "acked: of a type the handler did not ask for"
     ),

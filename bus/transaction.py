@@ -12,7 +12,8 @@ remembers the last one of each *ticket*, and a ticket is held by one transaction
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
@@ -21,19 +22,20 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_never, wait_random_
 
 from bus.committer import Committer, Scope, Sheet
 from bus.config import ROOM_WAIT_S
-from bus.delivery import Delivery, current_delivery
+from bus.delivery import BatchCause, Delivery, current_delivery
 from bus.effects import Effects
 from bus.errors import (
     BusError,
     EffectsFailed,
     InvalidEffect,
+    PermissionDenied,
     PublishRefused,
     PublishTimeout,
     PublishUnknown,
 )
 from bus.publisher import Publisher, Receipt
 from bus.sender import is_transient
-from bus.shortage import tell_lost
+from bus.shortage import Shortage, tell_lost
 from bus.streams import keys
 from bus.streams.answers import Committed, Fate, Limits, Room
 from bus.streams.connection import ConnectionLost
@@ -42,6 +44,9 @@ from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 
 _MOST_TAGS = 10_000  # on a Cluster every tag has tickets of its own; beyond it new ones are made
+
+
+_NOT_BEGUN = "collect effects inside `async with bus.transaction() as ...`"
 
 
 class Transaction(Effects):
@@ -55,13 +60,16 @@ class Transaction(Effects):
     __slots__ = ("_apply", "receipts", "scope")
 
     def __init__(
-        self, scope: Scope, cause: Delivery[Any] | None, apply: "Callable[[Transaction], Any]"
+        self,
+        scope: Scope,
+        cause: Delivery[Any] | BatchCause | None,
+        apply: "Callable[[Transaction], Any]",
     ) -> None:
         super().__init__(scope, cause)
         self.scope = scope
         self.receipts: list[Receipt] = []
         self._apply = apply
-        self._closed = "collect effects inside `async with bus.transaction() as ...`"
+        self._closed = _NOT_BEGUN
 
     def key(self, name: str) -> str:
         """Not to be had: a transaction has no stream. Give its keys one hash tag on a Cluster."""
@@ -72,7 +80,7 @@ class Transaction(Effects):
 
     async def __aenter__(self) -> Self:
         """Begin to collect."""
-        if self.commands or self._replies is not None:
+        if self._closed is not _NOT_BEGUN:
             raise InvalidEffect("a transaction is used once: ask the bus for another")
         self._closed = ""
         return self
@@ -110,6 +118,12 @@ class Transactions:
         self._tickets = count()
         self._free: dict[str | None, list[int]] = {}  # tickets in no use, by the tag of their key
         self._lines: dict[str, _Line] = {}  # streams without room
+        self._running: set[asyncio.Future[None]] = set()
+
+    async def close(self) -> None:
+        """Wait for the transactions whose blocks have ended."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=self._timeout_s)
 
     def begin(self) -> Transaction:
         """Return a transaction that nothing was collected in."""
@@ -120,9 +134,18 @@ class Transactions:
         return Transaction(scope, cause, self._apply)
 
     async def _apply(self, wanted: Transaction) -> None:
-        if not wanted:
-            wanted.answered([])
-            return
+        running = asyncio.get_running_loop().create_future()
+        self._running.add(running)
+        try:
+            if wanted:
+                await self._commit(wanted)
+            else:
+                wanted.answered([])
+        finally:
+            self._running.discard(running)
+            running.set_result(None)
+
+    async def _commit(self, wanted: Transaction) -> None:
         started = asyncio.get_running_loop().time()
         deadline = started + self._timeout_s
         cause = current_delivery.get()
@@ -130,12 +153,19 @@ class Transactions:
         sheet = Sheet()
         await self._committer.write(sheet, wanted, ("", 0, ""), deadline, inside=inside)
         tag = wanted.scope.slot_tag
-        fate = None
-        if not any(stream in self._lines for stream in sheet.streams):
-            fate = await self._send(sheet, tag, deadline)
+        # Those outside handlers stand behind those who wait already.
+        full = next(
+            (s for s, (_, _, waits) in sheet.streams.items() if waits and s in self._lines), ""
+        )
+        fate = None if full else await self._send(sheet, tag, deadline)
         while fate is None or fate.fate is Fate.FULL:
-            full = next(s for s in sheet.streams if fate is None or s == fate.stream)
-            fate = await self._in_line(full, sheet, tag, fate, deadline)
+            if fate is not None:
+                full = fate.stream
+                self._committer.shortage(full).tell(Room(0, fate.pinned, {}))
+            fate = await self._in_line(full, sheet, tag, deadline)
+        for stream in sheet.streams:
+            if stream not in self._lines:
+                self._committer.shortage(stream).over()
         if fate.fate is Fate.FAILED:
             stays = f"; what was applied before it stays: {', '.join(fate.applied)}"
             raise EffectsFailed(fate.error + (stays if fate.applied else ""), fate.applied)
@@ -157,36 +187,36 @@ class Transactions:
     # --- no room
 
     async def _in_line(
-        self, stream: str, sheet: Sheet, tag: str | None, fate: Committed | None, deadline: float
+        self, stream: str, sheet: Sheet, tag: str | None, deadline: float
     ) -> Committed:
         """Wait for room in a stream, behind those who wait already; then send again.
 
-        One at a time asks, without the events. Errors: StreamFull.
+        One at a time asks, without the events, and gives its place up when its own are in: who
+        comes later must not take the room. Errors: StreamFull; PublishTimeout, PublishRefused when
+        the server went away meanwhile.
         """
         events, limits, waits = sheet.streams[stream]
         shortage = self._committer.shortage(stream)
-        if fate is not None:
-            shortage.tell(Room(0, fate.pinned, {}))
         if not waits:
             raise shortage.error(limits.most)
         line = self._lines.setdefault(stream, _Line())
         line.length += 1
         try:
-            async with asyncio.timeout_at(deadline), line.first:
-                await self._room(stream, limits, events)
-        except TimeoutError:
-            raise shortage.error(limits.most) from None
-        else:
-            fate = await self._send(sheet, tag, deadline)
+            async with _until(deadline, line, shortage, limits):
+                await line.first.acquire()
+            try:
+                async with _until(deadline, line, shortage, limits):
+                    await self._room(line, stream, limits, events)
+                return await self._send(sheet, tag, deadline)
+            finally:
+                line.first.release()
         finally:
             line.length -= 1
             if not line.length:
                 del self._lines[stream]
-        if fate.fate is not Fate.FULL and stream not in self._lines:
-            shortage.over()
-        return fate
 
-    async def _room(self, stream: str, limits: Limits, events: int) -> None:
+    async def _room(self, line: "_Line", stream: str, limits: Limits, events: int) -> None:
+        """Ask until there is room; what is wrong with the stream, the next attempt says."""
         async for attempt in AsyncRetrying(
             retry=retry_if_exception(lambda e: isinstance(e, _NoRoom) or is_transient(e)),
             stop=stop_never,
@@ -194,7 +224,14 @@ class Transactions:
             reraise=True,
         ):
             with attempt:
-                room = await self._store.room(stream, limits, events)
+                try:
+                    room = await self._store.room(stream, limits, events)
+                except BusError as error:
+                    line.trouble = error
+                    if is_transient(error):
+                        raise
+                    return
+                line.trouble = None
                 tell_lost(self._telemetry, stream, room.lost)
                 if room.entries < events:
                     self._committer.shortage(stream).tell(room)
@@ -248,21 +285,48 @@ class Transactions:
             if maybe_sent:
                 raise _too_late(error, unknown=True) from None
             if isinstance(error, ReplyError):
-                raise error.explained("of the transaction") from None
+                raise _explained(error, memory) from None
             raise
         raise AssertionError("tenacity ends by returning or raising")
 
 
 class _Line:
-    """Those who wait for room in one stream; the first asks for it."""
+    """Those who wait for room in one stream; the first asks for it.
+
+    trouble: why it could not be asked for the last time.
+    """
 
     def __init__(self) -> None:
         self.first = asyncio.Lock()
         self.length = 0
+        self.trouble: BusError | None = None
+
+
+@asynccontextmanager
+async def _until(
+    deadline: float, line: _Line, shortage: Shortage, limits: Limits
+) -> AsyncIterator[None]:
+    """Wait in a line no longer than that. Errors: why there was no room."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        if line.trouble is not None:
+            raise _too_late(line.trouble, unknown=False) from None
+        raise shortage.error(limits.most) from None
 
 
 class _NoRoom(Exception):
     """There is none yet."""
+
+
+def _explained(error: ReplyError, memory: str) -> BusError:
+    if error.code == "NOPERM":
+        return PermissionDenied(
+            "the user may not run a command of the transaction, or lacks a right on one of its keys"
+            " or on bus:*: docs/wire.md lists what is needed"
+        )
+    return error.explained(memory)
 
 
 def _too_late(cause: BusError | None, *, unknown: bool) -> BusError:

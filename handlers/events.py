@@ -5,9 +5,10 @@ An event says that something happened and to what: ids, names, sizes. A document
 it; that lies in the document's hash, where one finds it as it is now.
 
 The key decides which events keep company in one partition. Whatever concerns one document has the
-document's key, and a quota has the key of the user whose message used it up, so that a cause and
+document's key, and a quota has the key of the user whose messages use it up, so that a cause and
 what follows from it lie in one stream. To add an event, write its class here; to add a field to
-one that exists, give the field a default, and old entries stay readable.
+one that exists, give the field a default, and old entries stay readable. Where fields go or change
+their meaning, raise the version and keep the old class as long as old entries are kept.
 
 The streaming families `model.*` and `agent.*` have a factory each: short to call in a loop, and
 the place where what models and tools produce is cut to a size that an event may have.
@@ -50,7 +51,10 @@ class DatasetCreated(Event, type="dataset.created", key="dataset_id"):
 
 
 class DatasetDeleted(Event, type="dataset.deleted", key="dataset_id"):
+    """`app_id`: whose dataset it was; empty in older entries, and when it was gone before."""
+
     dataset_id: str
+    app_id: str = ""
 
 
 class DatasetDocumentAdded(
@@ -108,8 +112,28 @@ class MessageCreated(Event, type="message.created", topic="message", key="user_i
     tokens: int
 
 
-class QuotaExceeded(Event, type="quota.exceeded", topic="message", key="user_id"):
-    """A user has used more tokens than allowed; in the stream of the message that did it."""
+class QuotaGranted(Event, type="quota.granted", topic="message", key="user_id"):
+    """`tokens`: what the user may use in all, from now on."""
+
+    user_id: str
+    tokens: int
+
+
+class QuotaExceeded(Event, type="quota.exceeded", version=2, topic="message", key="user_id"):
+    """A user has used more tokens than allowed: told once, when the balance falls below zero.
+
+    message_id, tokens: the message that did it; empty and 0 when the quota was lowered instead.
+    What the user has used in all is not in it: the server counts it in the very step that appends
+    this event. `QuotaService.balance` tells how it stands.
+    """
+
+    user_id: str
+    message_id: str = ""
+    tokens: int = 0
+
+
+class QuotaExceededV1(Event, type="quota.exceeded", version=1, topic="message", key="user_id"):
+    """What `quota.exceeded` was before. Nobody publishes it; old entries stay readable."""
 
     user_id: str
     tokens_used: int

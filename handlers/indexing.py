@@ -3,22 +3,31 @@
 Both handlers do the same thing: they bring the index to what the document is *now*. Which event
 woke them, in which order, how often, and who else is at it, makes no difference:
 
-* Before a posting is written, its word is added to the document's set of words; after it is
-  removed, its word leaves the set. So the set names every posting there may be, whoever wrote it
-  and wherever they crashed, and what is in it but not in the text is removed.
-* At the end the status is set only if the document still has the revision that was indexed.
-  If not, it is done again. So the last one to finish has indexed the last revision.
+* Whatever changes a document's revision publishes an event in the same step. So a handler answers
+  for the revision that it has read, and for no later one: that has an event of its own.
+* A posting is written or removed, and the status set, only in a step that finds the document
+  `unchanged`. So from the moment a revision changes, nobody who has read an older one does
+  anything any more: not one that is slow, nor one that was paused and replaced, nor one whose
+  effects take place after it has looked for the last time.
+* The same step notes in the document's set of words under which words a posting lies. So the next
+  one finds in it what the others have written before they crashed or were overtaken, and removes
+  what is not in the text. It reads the set after it has read the revision: nobody adds to it then
+  but those who index the same text.
+* Two that index the same revision write the same postings. The status and `document.indexed` are
+  effects, conditional on the status, too: a revision is told to be indexed once.
+* A deleted document has a revision of its own, for which nobody writes postings; its hash goes, by
+  an effect, when they are all removed. So where there is no hash, there are no postings.
 """
 
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
-from bus import BusError, DeadLettered, Delivery, Event, Reject, event_handler
+from bus import Bus, BusError, DeadLettered, Delivery, Event, Reject, event_handler
+from handlers import cache
 from handlers.events import (
     DocumentCreated,
     DocumentDeleted,
@@ -31,20 +40,19 @@ from handlers.state import (
     Fields,
     Redis,
     Status,
-    change_document,
     dataset_documents_key,
     document_key,
     document_words_key,
-    forget_document,
     postings_key,
     read_document,
+    read_documents,
+    unchanged,
 )
 
 MIN_WORD_CHARS = 2
 MAX_WORD_CHARS = 40  # longer ones are keys, hashes and pictures in base64: nobody types them
 MAX_WORDS = 10_000  # of one document, the most frequent ones; a novel has about as many
-COMMANDS_PER_CALL = 500  # a few ms of Python each, and of the server less: others get their turn
-ROUNDS = 20  # a document that changes this often while it is indexed is left to the retry
+WORDS_PER_STEP = 400  # a few ms of Python each, and of the server less: others get their turn
 
 _WORD = re.compile(r"[^\W_]+")  # letters and digits: `read_text` is found as "read" and "text"
 
@@ -65,8 +73,11 @@ class Hit:
 # --- the handlers
 
 
-async def mark_index_failed(dead: DeadLettered, bus: Any) -> None:
-    """Tell the document's owner that indexing was given up, and why. May run twice."""
+async def mark_index_failed(dead: DeadLettered, bus: Bus) -> None:
+    """Tell the document's owner that indexing was given up, and why. Once, also if it runs twice.
+
+    When another delivery is still at it and succeeds, `document.indexed` follows.
+    """
     try:
         event = dead.event
     except BusError:
@@ -74,17 +85,20 @@ async def mark_index_failed(dead: DeadLettered, bus: Any) -> None:
     if not isinstance(event, DocumentCreated | DocumentUpdated):
         return
     document = await read_document(bus.redis, event.document_id)
-    # `new`: changed since, and the event that says so is on its way. `indexed`: another delivery
-    # succeeded with it.
-    if document is None or document.status not in (Status.INDEXING, Status.INDEX_FAILED):
+    if document is None:
         return
     error = f"{dead.error.type}: {dead.error.text}"
-    failed = {"status": Status.INDEX_FAILED, "error": error}
-    if await change_document(bus.redis, document.document_id, document.revision, failed):
-        await bus.publish(
+    key = document_key(document.document_id)
+    async with bus.transaction() as change:
+        # `new`: changed since, and the event that says so is on its way. `indexed`: another
+        # delivery succeeded with it.
+        given_up = unchanged(change, document) & change.hget(key, "status").equals(Status.INDEXING)
+        change.hset(key, {"status": Status.INDEX_FAILED, "error": error}, when=given_up)
+        change.publish(
             DocumentIndexFailed(
                 document_id=document.document_id, dataset_id=document.dataset_id, error=error
-            )
+            ),
+            when=given_up,
         )
 
 
@@ -92,57 +106,47 @@ async def mark_index_failed(dead: DeadLettered, bus: Any) -> None:
 async def index_document(
     event: DocumentCreated | DocumentUpdated, delivery: Delivery[Event]
 ) -> None:
-    """Index the document as it is now and tell that it was done."""
-    document = await _bring_up_to_date(delivery.bus.redis, event.document_id, event.dataset_id)
-    if document is not None:
-        await delivery.bus.publish(
-            DocumentIndexed(
-                document_id=document.document_id,
-                dataset_id=document.dataset_id,
-                words=document.words,
-            )
-        )
+    """Index the document as it is now and tell that it was done.
+
+    Errors: TextMissing; Reject when the text is not UTF-8.
+    """
+    bus = delivery.bus
+    document = await read_document(bus.redis, event.document_id)
+    if document is None or document.status is Status.DELETED:
+        return
+    key = document_key(document.document_id)
+    async with bus.transaction() as change:
+        same, status = unchanged(change, document), change.hget(key, "status")
+        begun = {"status": Status.INDEXING, "error": ""}
+        change.hset(key, begun, when=same & status.differs(Status.INDEXED))
+    counts = count_words(await _text_of(bus.redis, document))
+    # Also when it is indexed already: that is how an index is made again, by replaying the events.
+    if not await _replace_postings(bus, document, counts):
+        return
+    effects = delivery.effects
+    same, status = unchanged(effects, document), effects.hget(key, "status")
+    done: Fields = {"status": Status.INDEXED, "error": "", "words": len(counts)}
+    effects.hset(key, done, when=same)
+    effects.publish(
+        DocumentIndexed(
+            document_id=document.document_id, dataset_id=document.dataset_id, words=len(counts)
+        ),
+        when=same & status.differs(Status.INDEXED),
+    )
 
 
 @event_handler(DocumentDeleted, group="unindex")
 async def unindex_document(event: DocumentDeleted, delivery: Delivery[Event]) -> None:
     """Remove what is left of a deleted document; nothing, if it was written anew meanwhile."""
-    await _bring_up_to_date(delivery.bus.redis, event.document_id, event.dataset_id)
-
-
-async def _bring_up_to_date(redis: Redis, document_id: str, dataset_id: str) -> Document | None:
-    """Make the index agree with the document; return it as indexed, None if it is deleted.
-
-    Errors: TextMissing; Reject when the text is not UTF-8.
-    """
-    for _ in range(ROUNDS):
-        document = await read_document(redis, document_id)
-        if document is None or document.status is Status.DELETED:
-            await _replace_postings(redis, document_id, dataset_id, Counter())
-            if await _forget(redis, document_id, dataset_id, document):
-                return None
-        else:
-            indexed = await _index(redis, document)
-            if indexed is not None:
-                return indexed
-    raise RuntimeError(f"document {document_id} changed {ROUNDS} times while it was indexed")
-
-
-async def _index(redis: Redis, document: Document) -> Document | None:
-    """Index one revision; return the document as indexed, None if it has changed meanwhile."""
-    document_id, seen = document.document_id, document.revision
-    if not await change_document(redis, document_id, seen, {"status": Status.INDEXING}):
-        return None
-    # Again, as an unindexing that is under way may just have removed it.
-    await redis.sadd(dataset_documents_key(document.dataset_id), document_id)
-    counts = count_words(await _text_of(redis, document))
-    # Also when this revision is indexed already: the one that crashed before us may have left
-    # postings of an older one behind.
-    await _replace_postings(redis, document_id, document.dataset_id, counts)
-    indexed: Fields = {"status": Status.INDEXED, "error": "", "words": len(counts)}
-    if not await change_document(redis, document_id, seen, indexed):
-        return None
-    return replace(document, status=Status.INDEXED, error="", words=len(counts))
+    bus = delivery.bus
+    document = await read_document(bus.redis, event.document_id)
+    if document is None or document.status is not Status.DELETED:
+        return
+    if not await _replace_postings(bus, document, Counter()):
+        return
+    effects = delivery.effects
+    effects.delete(document_key(document.document_id), when=unchanged(effects, document))
+    cache.drop_views(effects, cache.dataset(document.dataset_id))  # words are rarer now
 
 
 async def _text_of(redis: Redis, document: Document) -> str:
@@ -154,16 +158,6 @@ async def _text_of(redis: Redis, document: Document) -> str:
     except UnicodeDecodeError as error:
         # No later attempt can read it. A new text comes with an event of its own.
         raise Reject(f"the text is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-async def _forget(
-    redis: Redis, document_id: str, dataset_id: str, document: Document | None
-) -> bool:
-    """Remove a document that has no postings any more; False if it was written anew meanwhile."""
-    await redis.srem(dataset_documents_key(dataset_id), document_id)
-    if document is None:
-        return await read_document(redis, document_id) is None
-    return await forget_document(redis, document_id, document.revision)
 
 
 # --- words and postings
@@ -180,30 +174,37 @@ def _searchable(word: str) -> bool:
     return MIN_WORD_CHARS <= len(word) <= MAX_WORD_CHARS and not word.isdigit()
 
 
-async def _replace_postings(
-    redis: Redis, document_id: str, dataset_id: str, counts: Counter[str]
-) -> None:
-    """Let exactly the words of `counts` lead to the document."""
-    words_key = document_words_key(document_id)
+async def _replace_postings(bus: Bus, document: Document, counts: Counter[str]) -> bool:
+    """Let exactly the words of `counts` lead to the document; False if it has changed meanwhile."""
+    document_id, words_key = document.document_id, document_words_key(document.document_id)
     for some in _portions(counts):
-        pipeline = redis.pipeline(transaction=False)
-        pipeline.sadd(words_key, *some)  # first: see the head of this file
-        for word in some:
-            weight = 1 + math.log(counts[word])  # the hundredth mention adds less than the first
-            pipeline.zadd(postings_key(dataset_id, word), {document_id: weight})
-        await pipeline.execute()
-    recorded = {word.decode() for word in await redis.smembers(words_key)}
-    for some in _portions(recorded - counts.keys()):
-        pipeline = redis.pipeline(transaction=False)
-        for word in some:
-            pipeline.zrem(postings_key(dataset_id, word), document_id)
-        pipeline.srem(words_key, *some)  # last: likewise
-        await pipeline.execute()
+        async with bus.transaction() as change:
+            same = unchanged(change, document)
+            noted = change.sadd(words_key, *some, when=same)
+            for word in some:
+                weight = 1 + math.log(
+                    counts[word]
+                )  # the hundredth mention adds less than the first
+                key = postings_key(document.dataset_id, word)
+                change.zadd(key, {document_id: weight}, when=same)
+        if noted.skipped:
+            return False
+    redis: Redis = bus.redis
+    written = {word.decode() for word in await redis.smembers(words_key)}
+    for some in _portions(written - counts.keys()):
+        async with bus.transaction() as change:
+            same = unchanged(change, document)
+            for word in some:
+                change.zrem(postings_key(document.dataset_id, word), document_id, when=same)
+            noted = change.srem(words_key, *some, when=same)
+        if noted.skipped:
+            return False
+    return True
 
 
 def _portions(words: Iterable[str]) -> Iterator[list[str]]:
     rest = iter(words)
-    while some := list(islice(rest, COMMANDS_PER_CALL)):
+    while some := list(islice(rest, WORDS_PER_STEP)):
         yield some
 
 
@@ -212,6 +213,8 @@ def _portions(words: Iterable[str]) -> Iterator[list[str]]:
 
 async def search(redis: Redis, dataset_id: str, words: str, limit: int = 10) -> list[Hit]:
     """Return the documents of a dataset in which any of `words` stands, best match first.
+
+    `DatasetService.search` answers from what was found a moment ago.
 
     A word counts for more the rarer it is in the dataset, and the more often it stands in the
     document. Reads every posting of every word: right for thousands of documents, not millions.
@@ -237,10 +240,12 @@ async def search(redis: Redis, dataset_id: str, words: str, limit: int = 10) -> 
 async def _hits(redis: Redis, ranked: list[tuple[bytes, float]], limit: int) -> list[Hit]:
     """Look the documents up, best first, leaving out those deleted since they were indexed."""
     hits: list[Hit] = []
-    for document_id, score in ranked:
-        if len(hits) == limit:
+    for start in range(0, len(ranked), limit):
+        scores = {i.decode(): score for i, score in ranked[start : start + limit]}
+        for document in await read_documents(redis, list(scores)):
+            if document is not None and document.status is not Status.DELETED:
+                found = Hit(document.document_id, document.title, scores[document.document_id])
+                hits.append(found)
+        if len(hits) >= limit:
             break
-        document = await read_document(redis, document_id.decode())
-        if document is not None and document.status is not Status.DELETED:
-            hits.append(Hit(document.document_id, document.title, score))
-    return hits
+    return hits[:limit]

@@ -1,53 +1,44 @@
-"""Where the application keeps its state in Redis: every key, and the one guarded write.
+"""Where the application keeps its state in Redis: every key, and what a document is.
 
     kb:app:<id>                     hash: name
+    kb:app:<id>:datasets            set of the ids of its datasets
     kb:dataset:<id>                 hash: app_id, name
-    kb:dataset:<id>:documents       set of document ids
+    kb:dataset:<id>:documents       set of the ids of its documents, without deleted ones
     kb:{<dataset>}:word:<word>      sorted set: document id -> weight; the postings of a word
     kb:document:<id>                hash: dataset_id, title, revision, status, error, words,
                                           has_text, text
-    kb:document:<id>:words          set of the words under which a posting may lie
-    kb:message:<id>                 hash: user_id, app_id, text
+    kb:document:<id>:words          set of the words under which a posting lies
+    kb:message:<id>                 hash: user_id, app_id, text, charged
+    kb:quota:<user>                 hash: granted, balance
+    kb:views:<kind>:<id>            hash: view -> JSON, of an app or dataset; expires
+    kb:generation:<kind>:<id>       string that changes whenever the views go; expires
 
 The postings of a dataset share a hash tag, because `search` unites them in one command.
 
+The set of what is in an app or dataset outlives its hash: what is still in it then is what the
+cleanup has yet to delete, and no app or dataset of that id can be created before it is empty.
+
 A document changes under the feet of whoever works on it: two workers, a retry of yesterday's
-event, a user who deletes it. So its hash has a `revision`, which changes with the contents, and
-is written by `change_document` alone, which does nothing if the revision is not the one seen.
+event, a user who deletes it. So its hash has a `revision`, which changes with the contents. What
+belongs to a revision (status, postings) is written only in a step that finds it `unchanged`.
 """
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias
+
+from bus import Condition, Effects
 
 # `redis` is a redis.asyncio.Redis that answers bytes, as `bus.redis` does. It is typed Any
 # because the application imports from `bus` only.
 Redis: TypeAlias = Any
 Fields: TypeAlias = Mapping[str, str | bytes | int]
 
+_FIELDS = ("dataset_id", "title", "revision", "status", "error", "words", "has_text")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-# KEYS: a hash. ARGV: field, value, ...
-# Redis has no HSET for existing keys only, and one that comes after a delete leaves a stump.
-_UPDATE = """
-if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV))
-return 1
-"""
-# KEYS: the document's hash. ARGV: the revision seen ('' for none), field, value, ...
-_CHANGE = """
-if (redis.call('HGET', KEYS[1], 'revision') or '') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], unpack(ARGV, 2))
-return 1
-"""
-# KEYS, ARGV: as above, without fields.
-_FORGET = """
-if redis.call('HGET', KEYS[1], 'revision') ~= ARGV[1] then return 0 end
-return redis.call('DEL', KEYS[1])
-"""
 
 
 class Status(StrEnum):
@@ -99,6 +90,11 @@ def app_key(app_id: str) -> str:
     return f"kb:app:{app_id}"
 
 
+def app_datasets_key(app_id: str) -> str:
+    """Return the key of the set of an app's datasets."""
+    return f"kb:app:{app_id}:datasets"
+
+
 def dataset_key(dataset_id: str) -> str:
     """Return the key of a dataset's hash."""
     return f"kb:dataset:{dataset_id}"
@@ -129,24 +125,36 @@ def message_key(message_id: str) -> str:
     return f"kb:message:{message_id}"
 
 
+def quota_key(user_id: str) -> str:
+    """Return the key of a user's quota."""
+    return f"kb:quota:{user_id}"
+
+
 def new_revision() -> str:
     """Return a revision unlike any other; only being equal or not has a meaning."""
     return secrets.token_hex(6)
 
 
-async def update_existing(redis: Redis, key: str, fields: Fields) -> bool:
-    """Set fields of a hash that exists; return whether it does."""
-    flat = [part for pair in fields.items() for part in pair]
-    return bool(await redis.eval(_UPDATE, 1, key, *flat))
-
-
 async def read_document(redis: Redis, document_id: str) -> Document | None:
     """Return the document as it is now, None if there is none; a deleted one says so."""
-    names = ("dataset_id", "title", "revision", "status", "error", "words", "has_text")
-    values = await redis.hmget(document_key(document_id), names)
-    if values[2] is None:
+    [document] = await read_documents(redis, [document_id])
+    return document
+
+
+async def read_documents(redis: Redis, document_ids: Sequence[str]) -> list[Document | None]:
+    """Return documents in the order of their ids, None for each that is not there."""
+    pipeline = redis.pipeline(transaction=False)
+    for document_id in document_ids:
+        pipeline.hmget(document_key(document_id), _FIELDS)
+    rows = await pipeline.execute()
+    return [_document(i, row) for i, row in zip(document_ids, rows, strict=True)]
+
+
+def _document(document_id: str, values: Iterable[bytes | None]) -> Document | None:
+    texts = [value.decode() for value in values if value is not None]
+    if len(texts) < len(_FIELDS):
         return None
-    dataset_id, title, revision, status, error, words, has_text = map(bytes.decode, values)
+    dataset_id, title, revision, status, error, words, has_text = texts
     return Document(
         document_id=document_id,
         dataset_id=dataset_id,
@@ -159,18 +167,7 @@ async def read_document(redis: Redis, document_id: str) -> Document | None:
     )
 
 
-async def change_document(
-    redis: Redis, document_id: str, seen_revision: str, fields: Fields
-) -> bool:
-    """Set fields of a document unless it has changed since; return whether they were set.
-
-    seen_revision: as read; "" when there was no document. The first change sets every field.
-    """
-    flat = [part for pair in fields.items() for part in pair]
-    key = document_key(document_id)
-    return bool(await redis.eval(_CHANGE, 1, key, seen_revision, *flat))
-
-
-async def forget_document(redis: Redis, document_id: str, seen_revision: str) -> bool:
-    """Remove a document's hash unless it has changed since; return whether it was removed."""
-    return bool(await redis.eval(_FORGET, 1, document_key(document_id), seen_revision))
+def unchanged(effects: Effects, document: Document) -> Condition:
+    """Return the condition that a document still has the revision seen."""
+    seen = effects.hget(document_key(document.document_id), "revision")
+    return seen.equals(document.revision)

@@ -52,6 +52,20 @@ def test_the_first_steps_print_a_receipt_and_the_replay_finds_it_again(
     assert "OrderPaid(order_id='o-1', cents=1250)" in run(replay, valkey_url)
 
 
+def test_the_batch_handler_adds_up_what_it_did_not_reject(valkey_url: str, tmp_path: Path) -> None:
+    code = blocks(README)
+    hello = code["hello"].replace("import Bus,", "import Bus, Delivery,")
+    top, _, rest = hello.partition("@event_handler")
+    main = "async def main" + rest.partition("async def main")[2]
+    main = main.replace("[send_receipt]", "[add_up]").replace(
+        'bus.publish(OrderPaid(order_id="o-1", cents=1250))',
+        "bus.publish_many([OrderPaid(order_id=str(c), cents=c) for c in (5, -1, 7)])",
+    )
+    script = tmp_path / "batch.py"
+    script.write_text(top + code["batch"] + "\n\n" + main, encoding="utf-8")
+    assert run(script, valkey_url) == "12\n"
+
+
 def test_the_examples_are_as_short_as_they_say() -> None:
     code = blocks(README)
     lines = {n: [x for x in c.split("\n") if x.strip()] for n, c in code.items()}

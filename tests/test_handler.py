@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,7 @@ from bus import (
     event_handler,
 )
 from bus import Bus as BusClass
-from bus.config import CONCURRENCY, MAX_ATTEMPTS, VISIBILITY_S
+from bus.config import BATCH_WAIT_MS, CONCURRENCY, MAX_ATTEMPTS, VISIBILITY_S
 
 
 class Sent(Event, type="letter.sent"):
@@ -205,6 +207,13 @@ def test_bad_things_to_ask_for(what, says):
         ({"breaker": False}, "breaker is a Breaker(...), or None for none, not False"),
         ({"breaker": Breaker}, "breaker is a Breaker(...), or None for none, not <class"),
         ({"backoff": 5}, "backoff is a Backoff(...), not 5"),
+        ({"batch": 0}, "batch must be a whole number from 1 to 5000, not 0"),
+        ({"batch": 5_001}, "batch must be a whole number from 1 to 5000, not 5001"),
+        ({"batch": True}, "batch must be a whole number"),
+        ({"batch": 2, "batch_wait_ms": -1}, "batch_wait_ms must be a whole number from 0 to 10000"),
+        ({"batch": 2, "batch_wait_ms": 10_001}, "batch_wait_ms must be a whole number from 0 to"),
+        ({"batch": 2, "batch_wait_ms": 0.5}, "batch_wait_ms must be a whole number"),
+        ({"batch_wait_ms": 50}, "batch_wait_ms goes with batch=, the most per call"),
         ({"on_dead": print}, "on_dead must be an async function"),
         ({"topics": "letter"}, "topics is a list of names, not one string"),
         ({"topics": ["a b"]}, "topic name 'a b' is not valid"),
@@ -218,10 +227,11 @@ def test_bad_settings(setting, says):
 @pytest.mark.parametrize(
     "later",
     [
-        *({"batch": 100}, {"batch_wait_ms": 50}, {"once": timedelta(days=1)}),
+        {"once": timedelta(days=1)},
         {"ordered": True},
+        {"ordered": True, "batch": 10},
     ],
-    ids=lambda later: next(iter(later)),
+    ids=" ".join,
 )
 def test_what_this_release_cannot_do_it_does_not_ignore(later):
     with pytest.raises(NotSupported, match=f"handler post: {next(iter(later))} is not part"):
@@ -421,3 +431,98 @@ def test_an_on_dead_of_other_parameters_is_refused():
 
     with pytest.raises(DeclarationError, match=r"on_dead takes \(dead_lettered, bus\)"):
         event_handler(Sent, group="post", on_dead=on_dead)
+
+
+# --- batches
+
+
+async def many(deliveries):
+    return deliveries
+
+
+def test_a_batch_handler_says_how_many_and_how_long():
+    handler = event_handler(Sent, group="post", batch=100, batch_wait_ms=20)(many)
+    assert (handler.batch, handler.batch_wait_ms) == (100, 20)
+    assert not handler.takes_delivery
+    assert event_handler(Sent, group="post", batch=1)(many).batch_wait_ms == BATCH_WAIT_MS
+    assert event_handler(Sent, group="post")(alone).batch is None
+
+
+async def test_a_batch_handler_is_called_as_the_function_it_was():
+    class Counter:
+        async def handle(self, deliveries):
+            return len(deliveries)
+
+    assert await event_handler(Sent, group="post", batch=9)(many)([1, 2]) == [1, 2]
+    assert await event_handler(Sent, group="post", batch=9)(Counter)([1, 2]) == 2
+
+
+async def star(*deliveries):
+    pass
+
+
+@pytest.mark.parametrize("target", [nothing, both, three, keyword, star])
+def test_a_batch_handler_takes_one_list(target):
+    with pytest.raises(DeclarationError, match=r"a batch handler takes one list, \(deliveries\)"):
+        event_handler(Sent, group="post", batch=9)(target)
+
+
+RIGHT = [
+    list[Delivery[Sent]],
+    list[Delivery[Event]],
+    list[Delivery[Sent | Other]],
+    list[Delivery[Sent] | Delivery[Other]],
+    list[Delivery],
+    list[Delivery[Any]],
+    list[Any],
+    list,
+    Sequence[Delivery[Sent]],
+    Iterable[Delivery[Sent]],
+    Any,
+    "list[Delivery[SomethingUnresolvable]]",
+]
+NO_LIST = [
+    Sent,
+    Delivery[Sent],
+    list[Sent],
+    list[Delivery[Sent] | None],
+    list[Delivery[Sent]] | None,
+    dict[str, Delivery[Sent]],
+    tuple[Delivery[Sent], ...],
+    set[Delivery[Sent]],
+]
+
+
+def batch_of(annotation):
+    async def read(deliveries): ...
+
+    read.__annotations__["deliveries"] = annotation
+    return read
+
+
+@pytest.mark.parametrize("annotation", RIGHT, ids=str)
+def test_annotations_of_a_batch(annotation):
+    event_handler(Sent, group="post", batch=9)(batch_of(annotation))
+
+
+@pytest.mark.parametrize("annotation", NO_LIST, ids=str)
+def test_an_annotation_that_is_no_list_of_deliveries_is_refused(annotation):
+    with pytest.raises(
+        DeclarationError,
+        match=r"handler post: a batch handler takes a list of deliveries: annotate `deliveries`"
+        r" as list\[Delivery\[Sent\]\], not as .",
+    ):
+        event_handler(Sent, group="post", batch=9)(batch_of(annotation))
+
+
+def test_a_batch_of_another_event_is_refused():
+    with pytest.raises(DeclarationError, match=r"asks for Sent and its parameter `deliveries` is"):
+        event_handler(Sent, group="post", batch=9)(batch_of(list[Delivery[Other]]))
+    with pytest.raises(DeclarationError, match=r"asks for Sent and its parameter `deliveries` is"):
+        event_handler(Sent, group="post", batch=9)(batch_of(list[Delivery[Other | Burnt]]))
+    event_handler("letter.*", group="post", batch=9)(batch_of(list[Delivery[Other]]))
+
+
+def test_a_list_without_batch_is_refused():
+    with pytest.raises(DeclarationError, match="only a batch handler takes a list of deliveries"):
+        event_handler(Sent, group="post")(batch_of(list[Delivery[Sent]]))

@@ -105,6 +105,14 @@ class Looked(NamedTuple):
     dropped: dict[str, int]
 
 
+class Claim(IntEnum):
+    """Whether a delivery may handle its event: busy is when another one of it is pending."""
+
+    DONE = 0
+    YES = 1
+    BUSY = 2
+
+
 class Started(IntEnum):
     """Whether a reclaimed delivery may run: refused is another worker's, lost has no entry."""
 

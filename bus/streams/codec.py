@@ -79,11 +79,14 @@ def encode(
             _refuse_nan(event)
         info.decode(data)
         # What users fill is encoded here: a lone surrogate must fail at its caller, not later.
-        fields: Fields = ["id", event_id.encode(), "type", info.type, "data", data]
+        # ASCII, as nearly all of it is, cannot fail, and is encoded when it is sent.
+        plain = event_id.__class__ is str and event_id.isascii()
+        wire_id = event_id if plain else event_id.encode()
+        fields: Fields = ["id", wire_id, "type", info.type, "data", data]
         if info.version != 1:
             fields += ("v", str(info.version))
         if key is not None:
-            fields += ("partitionkey", key.encode())
+            fields += ("partitionkey", key if key.isascii() else key.encode())
         fields += headers
         if info.encoding == "msgpack":
             fields += ("datacontenttype", MSGPACK)
@@ -236,6 +239,14 @@ def without_inbox_fields(fields: list[bytes]) -> list[bytes]:
         met.add(name)
         end -= 2
     return fields[:end]
+
+
+def run_of(delivery: Delivery[Any]) -> str:
+    """Return which replay or redrive put the entry into the inbox, "" if none did."""
+    if delivery.origin.stream == delivery.origin.home:
+        return ""
+    found = dict(zip(delivery.fields[::2], delivery.fields[1::2], strict=False))
+    return found.get(b"run", b"").decode(errors="replace")
 
 
 def original_id(delivery: Delivery[Any]) -> bytes:

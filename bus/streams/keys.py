@@ -10,6 +10,7 @@
     bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
     bus:{document:0}:chore:<name>       string, expires: whose turn that chore is
     bus:{document:0}:pub:<publisher>    string, expires: a publisher's last batch
+    bus:{document:0}:once:<group>:...   string, expires: an event was handled, or by whom it is
     bus:tx:<publisher>:<n>              string, expires: its last transaction but those under way;
                                         on a Cluster `bus:{<tag>}:tx:...`, beside what it touches
 
@@ -86,6 +87,11 @@ def chore(stream_key: str, name: str) -> str:
 def overrun(stream_key: str) -> str:
     """Return the key of the counts of what `on_full="drop_oldest"` took from groups unhandled."""
     return f"{home(stream_key)}:overrun"
+
+
+def once(stream_key: str, group: str, run: str, event_id: str) -> str:
+    """Return the key of the mark that `group` has handled an event; `run`: of a replay, or ""."""
+    return f"{home(stream_key)}:once:{group}:{run}:{event_id}"
 
 
 def producer(stream_key: str, publisher: str) -> str:

@@ -13,6 +13,7 @@ from bus.streams import keys
 from bus.streams.answers import (
     Appended,
     Buried,
+    Claim,
     Committed,
     Fate,
     Limits,
@@ -34,7 +35,7 @@ from bus.telemetry import Telemetry
 
 _append, _room, _record_topic = Script("append"), Script("room"), Script("record_topic")
 _ack, _park, _dead_letter = Script("ack"), Script("park"), Script("dead_letter")
-_commit = Script("commit")
+_commit, _once = Script("commit"), Script("once")
 _renew, _start, _recover = Script("renew"), Script("start"), Script("recover")
 _take_due, _take_parked, _refund = Script("take_due"), Script("take_parked"), Script("refund")
 _move_parked, _retain = Script("move_parked"), Script("retain")
@@ -283,6 +284,24 @@ class StreamStore:
         ]
         return [_committed(a) for a in answers], looks, _counts(appended)
 
+    async def failed_lately(
+        self, stream: str, group: str, count: int
+    ) -> dict[tuple[bytes, bytes], Committed]:
+        """Return (original entry id, attempt) -> fate of the youngest whose effects failed.
+
+        For those who have lost an answer of `commit`. XREVRANGE of `count` dead letters.
+        """
+        target = keys.dead(stream, group)
+        rows = await self.commands.call("XREVRANGE", target, "+", "-", "COUNT", count)
+        found: dict[tuple[bytes, bytes], Committed] = {}
+        for _, flat in rows:
+            row = dict(zip(flat[::2], flat[1::2], strict=True))
+            if row.get(b"deadreason") == b"effects-failed":
+                error = row[b"deaderror"].partition(b": ")[2]
+                fate = _committed([Fate.FAILED, error, row.get(b"deadapplied")])
+                found[row[b"deadentry"], row[b"deadattempts"]] = fate
+        return found
+
     async def renew(self, stream: str, group: str, consumer: str, ids: Sequence[bytes]) -> Renewed:
         """Reset the idle time of what is held; the delivery counts stay. `renew.lua`."""
         reply = await _renew.run(self.commands, (stream,), [group, consumer, *ids])
@@ -294,6 +313,17 @@ class StreamStore:
         """Store the count of a reclaimed delivery that is about to run. `start.lua`."""
         args: list[Arg] = [group, consumer, entry_id, count]
         return Started(await _start.run(self.commands, (stream,), args))
+
+    async def claim(
+        self, mark: str, home: str, stream: str, group: str, entry_id: bytes, keep_ms: int
+    ) -> Claim:
+        """Ask whether a delivery may handle its event, and say so in its mark. `once.lua`.
+
+        home, stream: the partition's own stream, and what the entry was read from.
+        """
+        target = (mark, home, keys.inbox(home, group))
+        place = "s" if stream == home else "i"
+        return Claim(await _once.run(self.commands, target, [group, place, entry_id, keep_ms]))
 
     async def refund(
         self, stream: str, group: str, entries: Iterable[tuple[bytes, int, int]]
@@ -414,7 +444,10 @@ def _committed(answer: Reply) -> Committed:
     if fate == Fate.FAILED:
         applied = tuple(second.decode(errors="replace").split("\n")) if second else ()
         return Committed(Fate.FAILED, error=first.decode(errors="replace"), applied=applied)
-    replies = tuple((bool(ran), reply) for ran, reply in zip(first, second, strict=True))
+    replies = tuple(
+        (ran > 0, int(reply) if ran > 1 else reply)
+        for ran, reply in zip(first, second, strict=True)
+    )
     return Committed(Fate.DONE, replies=replies)
 
 

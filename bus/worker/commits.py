@@ -10,16 +10,18 @@
 See `streams/scripts/commit.lua`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from bus.committer import Committer
 from bus.config import BATCH_BYTES, COMMITS_PER_CALL, EFFECTS_PER_CALL, NOT_PUBLISHED_PARK_S
 from bus.delivery import DeadLetter, Delivery, Failure, Park
+from bus.errors import BusError
 from bus.streams.answers import Committed, Fate
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand, names_of
 
+_DONE = Committed(Fate.DONE)
 Doomed = Callable[[Delivery[Any], DeadLetter], None]
 
 
@@ -55,16 +57,18 @@ class Commits:
         Errors: those of `Committer.commit`.
         """
         fates = await self._committer.commit(hand.stream, hand.group, self._consumer, deliveries)
+        doubtful = [d for d in deliveries if came_through(hand, d.entry_id)]
+        failed = await self._failed_unseen(hand, doubtful) if doubtful else {}
         acked = refused = 0
         staying: set[bytes] = set()
-        for delivery, fate in zip(deliveries, fates, strict=True):
+        for delivery, answer in zip(deliveries, fates, strict=True):
+            fate = answer
+            if answer.fate is Fate.REFUSED and delivery in doubtful:
+                fate = failed.get(delivery, _DONE)
             if fate.fate is Fate.DONE:
                 acked += 1
             elif fate.fate is Fate.REFUSED:
-                if came_through(hand, delivery.entry_id):
-                    acked += 1
-                else:
-                    refused += 1
+                refused += 1
             elif fate.fate is Fate.FULL:
                 staying.add(delivery.entry_id)
                 reason = f"there is no room in {fate.stream} for what it publishes"
@@ -80,6 +84,15 @@ class Commits:
         if refused:
             emit("delivery.refused", stream=stream, group=group, count=refused, verb="commit")
         return staying
+
+    async def _failed_unseen(
+        self, hand: Hand, doubtful: Sequence[Delivery[Any]]
+    ) -> Mapping[Delivery[Any], Committed]:
+        """Return those that an attempt without a reply has made dead letters, if one can ask."""
+        try:
+            return await self._committer.lost_failures(hand.stream, hand.group, doubtful)
+        except BusError:
+            return {}
 
     def _tell_failed(self, delivery: Delivery[Any], verdict: DeadLetter) -> None:
         self._telemetry.emit(

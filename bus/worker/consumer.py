@@ -10,8 +10,7 @@ writes; here is only who runs when.
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,13 +29,15 @@ from bus.worker.commits import Commits
 from bus.worker.demand import Demand
 from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation
 from bus.worker.guard import Guard
-from bus.worker.hand import Hand, Holding, names_of
+from bus.worker.hand import Hand, Holding
 from bus.worker.intake import Intake
 from bus.worker.on_dead import OnDead
+from bus.worker.once import Once
 from bus.worker.pace import Pace
 from bus.worker.refunds import Refunds
 from bus.worker.retries import PromptRetries
 from bus.worker.settler import Settler
+from bus.worker.slots import Slots
 from bus.worker.suspects import Suspects
 from bus.worker.turn import Turn
 
@@ -72,12 +73,14 @@ class Consumer:
         # What was not confirmed to be ours for this long is checked before it runs: a third of
         # the time after which others may take it, be it by visibility or by our lease.
         self._unchecked_s = max(min(handler.visibility_s, lease_s) / 3, _SHORTEST_UNCHECKED_S)
+        # What waits for its batch to be fuller does not wait for a slot.
+        self._patience_s = WAITED_S + (handler.batch_wait_ms / 1000 if handler.batch else 0.0)
         self._executor = Executor(handler)
         self.holding = Holding(store, handler.group, name, telemetry)
         self.hands = self.holding.hands
         self._on_dead = OnDead(handler, self._executor, self.holding, bus, telemetry)
         self._circuit = Circuit(handler.breaker, concurrency)
-        self._pace = Pace()
+        self._pace = Pace(handler.batch or 1)
         self._demand = Demand(
             concurrency, self.holding, self._circuit, self._pace, lambda: self._settler.is_behind
         )
@@ -111,6 +114,7 @@ class Consumer:
             telemetry,
             crowded=crowded,
         )
+        self._once = Once(store, handler.once, telemetry) if handler.once else None
         self._suspects = Suspects(store, name, self.holding, telemetry, self._outcome_unknown)
         self.intake = Intake(
             store,
@@ -121,8 +125,7 @@ class Consumer:
             telemetry,
             block_ms=max(1, int(self._unchecked_s * 500)),
         )
-        self._slots = [Slot() for _ in range(concurrency)]
-        self._idle: deque[asyncio.Future[None]] = deque()
+        self._slots = Slots(self.group, concurrency, handler.timeout_s, telemetry)
         self._stopping = False
         self._closing = False
         self.returned = 0  # calls of the handler that returned; one addition for each, see Circuit
@@ -141,12 +144,10 @@ class Consumer:
     def start(self) -> list["asyncio.Task[None]"]:
         """Start the slots and loops; return their tasks, the read loop first."""
         loop = asyncio.get_running_loop()
-        for i, slot in enumerate(self._slots):
-            slot.task = SlotTask(self._slot(slot), loop=loop, name=f"{self.group} slot {i}")
         return [
             loop.create_task(self.intake.run(), name=f"{self.group} intake"),
             loop.create_task(self._settler.run(), name=f"{self.group} settler"),
-            *(s.task for s in self._slots if s.task is not None),
+            *self._slots.start(self._slot),
         ]
 
     @property
@@ -156,7 +157,7 @@ class Consumer:
 
     async def stop_reading(self, intake: "asyncio.Task[None]") -> int:
         """Stop reading and hand back what has not started; return how many that were."""
-        self._stopping = self._demand.stopping = True
+        self._stopping = self._demand.stopping = self._slots.ending = True
         self._retries.stop()
         await self.intake.stop(intake)
         await self._retries.finish()
@@ -186,17 +187,12 @@ class Consumer:
 
     def cancel_calls(self) -> int:
         """Cancel the calls that still run, to be handed back uncounted; return how many."""
-        now = asyncio.get_running_loop().time()
-        running = [s for s in self._slots if s.started_at]
-        for slot in running:
-            slot.cancel("shutdown", now)
-        return len(running)
+        return self._slots.cancel_calls()
 
     async def close(self) -> None:
         """End the slots and loops, which are idle by now, and close the reading connection."""
-        self._closing = True
-        while self._idle:
-            _wake(self._idle.popleft())
+        self._closing = self._slots.ending = True
+        self._slots.wake_all()
         self._settler.close()
         await self.intake.close()
 
@@ -205,7 +201,7 @@ class Consumer:
     def deliver_new(self, hand: Hand, entries: Sequence[RawEntry], sent_at: float) -> None:
         """Take entries read for the first time, behind what is there."""
         now = asyncio.get_running_loop().time()
-        self._pace.measure(now, self.returned + self._ended_otherwise)
+        self._pace.measure(now, self._calls_so_far)
         for delivery, park in self.holding.add_new(hand, entries, sent_at, now):
             self._settler.settle(hand, delivery, park)
         self._came_in(len(entries))
@@ -245,6 +241,11 @@ class Consumer:
         )
 
     # --- how much is wanted
+
+    @property
+    def _calls_so_far(self) -> int:
+        """How many calls have ended, for the pace; what needed none counts, too."""
+        return self.returned + self._ended_otherwise
 
     @property
     def is_probing(self) -> bool:
@@ -292,8 +293,7 @@ class Consumer:
     # --- slots
 
     def _wake_slots(self, entries: int) -> None:
-        for _ in range(min(entries, len(self._idle))):
-            _wake(self._idle.popleft())
+        self._slots.wake(entries)
 
     async def _slot(self, slot: Slot) -> None:
         clock = asyncio.get_running_loop().time
@@ -304,17 +304,12 @@ class Consumer:
             if not buffer or circuit.blocked:
                 if self._closing:
                     return
-                waiter = asyncio.get_running_loop().create_future()
-                self._idle.append(waiter)
-                self.intake.look_again()
-                await self._waited(slot, waiter)
+                await self._rest(slot)
                 continue
             now = clock()
             if now > turn.ends:
-                if has_run:  # those who have not run in this turn ask for the next one first
-                    has_run = False
-                    await self._waited(slot, asyncio.sleep(0))
-                await self._waited(slot, asyncio.shield(turn.next()))
+                await self._give_way(slot, has_run=has_run)
+                has_run = False
                 continue
             has_run = True
             delivery = buffer.popleft()
@@ -335,18 +330,23 @@ class Consumer:
             if self.intake.waits and len(buffer) <= self._pace.low_water:
                 self.intake.look_again()
 
-    async def _waited(self, slot: Slot, until: Awaitable[None]) -> None:
-        """Wait between two calls; a cancellation that was meant for the last one is void."""
-        try:
-            await until
-        except asyncio.CancelledError:
-            if slot.task is None or slot.task.torn_down or self._closing or self._stopping:
-                raise
-            await absorb_cancellation(slot.task)
+    async def _rest(self, slot: Slot) -> None:
+        """Wait until there may be something to start."""
+        waiter = self._slots.rest()
+        self.intake.look_again()
+        await self._slots.waited(slot, waiter)
+
+    async def _give_way(self, slot: Slot, *, has_run: bool) -> None:
+        """Wait for the next turn; those who have not run in this one ask for it first."""
+        if has_run:
+            await self._slots.waited(slot, asyncio.sleep(0))
+        await self._slots.waited(slot, asyncio.shield(self._turn.next()))
 
     async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> Verdict | None:
         """Handle and settle one; return how the call ended, None if there was none."""
         verdict = self._executor.triage(delivery)
+        if verdict is None and self._once is not None:
+            verdict = await self._once.admit(delivery)
         if verdict is not None:
             await self._settle(slot, delivery, verdict)
             return None
@@ -426,29 +426,12 @@ class Consumer:
 
     def look_after(self, now: float) -> None:
         """Enforce timeout_s, and hand back what has waited too long: one tick for all slots."""
-        limit_s = self.handler.timeout_s
-        if limit_s is not None:
-            for slot in self._slots:
-                if slot.started_at and now - max(slot.started_at, slot.cancelled_at) >= limit_s:
-                    self._time_out(slot, now)
+        self._slots.look_after(now)
+        since = now - self._patience_s
         if (
             self.holding.buffer
             and self._demand.all_busy
-            and self._hand_back(lambda d: now - d.received_at > WAITED_S and d.condemned is None)
+            and self._hand_back(lambda d: d.received_at < since and d.condemned is None)
         ):
             self._pace.forget()
         self._guard.look_after(now)
-
-    def _time_out(self, slot: Slot, now: float) -> None:
-        if slot.cancelled_at > slot.started_at and slot.delivery is not None:
-            self._telemetry.emit(
-                "handler.stuck",
-                **names_of(slot.delivery),
-                running_s=round(now - slot.started_at, 3),
-            )
-        slot.cancel("timeout", now)
-
-
-def _wake(waiter: "asyncio.Future[None]") -> None:
-    if not waiter.done():
-        waiter.set_result(None)

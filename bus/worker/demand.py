@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import Callable
 
+from bus.config import READ_COUNT
 from bus.worker.circuit import Circuit
 from bus.worker.hand import Holding
 from bus.worker.pace import Pace
 
 
 class Demand:
-    """What there is room for now.
+    """What there is room for now, in deliveries: a free slot of a batch handler takes `per_call`.
 
     running: slots at work, kept up to date by the consumer. stopping: nothing is wanted any more.
     is_behind: whether verdicts wait for the server. turn_given: told when a slot was kept for due
@@ -32,6 +33,7 @@ class Demand:
         self._circuit = circuit
         self._pace = pace
         self._is_behind = is_behind
+        self._per_call = pace.per_call
         self._reserved = 0
         self._wants_turn = False
 
@@ -46,7 +48,7 @@ class Demand:
             return 0
         if self._circuit.is_open:
             return self._for_probe(asyncio.get_running_loop().time(), new=True)
-        free = self._concurrency - self.running
+        free = self._for_slots(self._concurrency - self.running)
         room = max(free, self._pace.ahead) - len(self._holding.buffer)
         if room > 0 and self._wants_turn:
             self._wants_turn = False
@@ -61,8 +63,10 @@ class Demand:
         now = asyncio.get_running_loop().time()
         if self._circuit.is_open:
             return self._for_probe(now, new=False)
-        free = max(0, self._concurrency - self.running - self._holding.waiting)
-        return self._circuit.admits(now, free)
+        free = self._for_slots(self._concurrency - self.running) - self._holding.waiting
+        if self._per_call > 1:  # reclaimed ones go alone: each of them takes a slot for itself
+            free -= (self._per_call - 1) * self._holding.reclaimed
+        return self._circuit.admits(now, max(0, free))
 
     def reserve(self) -> int:
         """Return how many due or orphaned entries may be taken: half the free slots, at least one.
@@ -79,6 +83,13 @@ class Demand:
     def release(self) -> None:
         """Give what was reserved back to the new ones."""
         self._reserved = 0
+
+    def _for_slots(self, slots: int) -> int:
+        """What so many slots take; of batches no more than one, or two reads: that fills the next.
+
+        More would only lie there: a slot starts as soon as there is a batch for it.
+        """
+        return min(slots * self._per_call, max(slots, self._per_call, 2 * READ_COUNT))
 
     def _for_probe(self, now: float, *, new: bool) -> int:
         """Something for the probe, if it may be of that kind and there is nothing yet."""

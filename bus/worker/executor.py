@@ -7,10 +7,10 @@ import asyncio
 import contextlib
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextvars import Context, copy_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bus.config import (
     NOT_PUBLISHED_PARK_S,
@@ -23,6 +23,7 @@ from bus.delivery import (
     COMMIT,
     HAND_BACK,
     SKIP,
+    BatchCause,
     DeadLetter,
     DeadLettered,
     Delivery,
@@ -72,12 +73,30 @@ class Slot:
         self.cancelled_at = 0.0
         self.cancel_reason = ""
 
+    @property
+    def cut_off(self) -> str:
+        """Why its last call was cancelled by us: "timeout", "shutdown", "" if it was not."""
+        torn_down = self.task is not None and self.task.torn_down
+        return self.cancel_reason or ("shutdown" if torn_down else "")
+
     def cancel(self, reason: str, now: float) -> None:
         """Cancel the call that runs, if any, for `reason`."""
         if self.task is not None and self.started_at:
             self.cancel_reason = reason
             self.cancelled_at = now
             self.task.cancel()
+
+
+class BatchEnd(NamedTuple):
+    """How a call of a batch handler has ended.
+
+    succeeded: what was handled, with the verdicts. others: the rest; `verdict_on` says what becomes
+    of each, one by one, since describing thousands of failures takes a while.
+    """
+
+    succeeded: Sequence[tuple[Delivery[Any], Verdict]]
+    others: Sequence[Delivery[Any]]
+    verdict_on: Callable[[Delivery[Any]], Verdict]
 
 
 class Executor:
@@ -191,16 +210,47 @@ class Executor:
             return self._verdict_of(error, slot, delivery)
         return _succeeded(delivery)
 
+    async def call_batch(self, slot: Slot, deliveries: Sequence[Delivery[Any]]) -> "BatchEnd":
+        """Run a batch handler once for `deliveries` and return what its outcome means for each."""
+        cause = BatchCause(deliveries)
+        current_delivery.set(cause if len(deliveries) > 1 else deliveries[0])
+        try:
+            # A list of its own: it may sort it, or take out what it has done.
+            error = await self._end_of(slot, lambda: self._call([*deliveries]))
+        finally:
+            answers = cause.end()
+        cut_off = slot.cut_off  # on_dead may run in this slot before all verdicts are asked for
+        meanings: dict[int, Verdict | Failure] = {}
+
+        def verdict_on(delivery: Delivery[Any]) -> Verdict:
+            said = answers.get(delivery, error)
+            assert said is not None
+            meaning = meanings.get(id(said))  # describing a failure once is dear enough
+            if meaning is None:
+                meaning = meanings[id(said)] = self._meaning_of(said, cut_off)
+            return self._failed(delivery, meaning) if isinstance(meaning, Failure) else meaning
+
+        if error is not None:
+            return BatchEnd([], deliveries, verdict_on)
+        succeeded = [(d, _succeeded(d)) for d in deliveries if d not in answers]
+        return BatchEnd(succeeded, [d for d in deliveries if d in answers], verdict_on)
+
     async def call_on_dead(self, slot: Slot, told: DeadLettered, bus: Publishes) -> Failure | None:
         """Run `on_dead` in the slot like a handler; return what it raised, None if nothing."""
-        assert self._handler.on_dead is not None
+        on_dead = self._handler.on_dead
+        assert on_dead is not None
         told.delivery.refuse_effects("a dead letter has no effects: use bus.transaction()")
         current_delivery.set(told.delivery)
+        error = await self._end_of(slot, lambda: on_dead(told, bus))
+        return None if error is None else failure_of(error, slot.cancel_reason or None)
+
+    async def _end_of(self, slot: Slot, call: Callable[[], Any]) -> BaseException | None:
+        """Run what `call` returns as `call` does a handler; return what it raised, or None."""
         context = copy_context()
         slot.cancel_reason = ""
         rest: _Resumed | None = None
         try:
-            coroutine: Any = self._handler.on_dead(told, bus)
+            coroutine = call()
             rest = _Resumed(coroutine, context, context.run(coroutine.send, None))
             await rest
         except StopIteration:
@@ -208,23 +258,31 @@ class Executor:
         except BaseException as error:
             if rest is not None and rest.closed:
                 raise
-            return failure_of(error, slot.cancel_reason or None)
+            return error
         return None
 
     def _verdict_of(self, error: BaseException, slot: Slot, delivery: Delivery[Any]) -> Verdict:
+        meaning = self._meaning_of(error, slot.cut_off)
+        return self._failed(delivery, meaning) if isinstance(meaning, Failure) else meaning
+
+    def _meaning_of(self, error: BaseException, cut_off: str) -> Verdict | Failure:
+        """Return the verdict on whatever raised `error`, or a Failure if that uses up an attempt.
+
+        cut_off: see `Slot`.
+        """
         if isinstance(error, Reject):
             return DeadLetter("rejected", failure_of(error, error.reason))
         if (park := _postponed(error)) is not None:
             return park
         if isinstance(error, asyncio.CancelledError):
-            if slot.cancel_reason == "timeout":
+            if cut_off == "timeout":
                 limit = self._handler.timeout_s
                 text = f"ran longer than timeout_s = {limit}"
-                return self._failed(delivery, Failure("TimeoutError", text, where=text))
-            if slot.cancel_reason or (slot.task is not None and slot.task.torn_down):
+                return Failure("TimeoutError", text, where=text)
+            if cut_off:
                 return HAND_BACK
-            return self._failed(delivery, failure_of(error, "the handler cancelled itself"))
-        return self._failed(delivery, failure_of(error))
+            return failure_of(error, "the handler cancelled itself")
+        return failure_of(error)
 
     def _failed(self, delivery: Delivery[Any], failure: Failure) -> Verdict:
         if delivery.attempt >= self._handler.max_attempts:

@@ -110,6 +110,11 @@ class Holding:
         return len(self.buffer) + len(self.suspects)
 
     @property
+    def reclaimed(self) -> int:
+        """How many of those that wait were taken from other workers. Looks at each."""
+        return sum(d.reclaimed for d in self.buffer) + len(self.suspects)
+
+    @property
     def held(self) -> int:
         """How many deliveries are held with their bodies."""
         return sum(len(h.held) for h in self.hands.values())

@@ -81,7 +81,12 @@ class OnDead:
         slot.delivery = delivery
         slot.started_at = asyncio.get_running_loop().time()
         told = DeadLettered(delivery, verdict.reason, verdict.error)
-        failure = await self._executor.call_on_dead(slot, told, self._bus)
+        # What it publishes is caused by this delivery, also when the verdict was taken before.
+        was_settled, delivery.settled = delivery.settled, False
+        try:
+            failure = await self._executor.call_on_dead(slot, told, self._bus)
+        finally:
+            delivery.settled = was_settled
         slot.started_at = 0.0
         if failure is not None:
             self._telemetry.emit(

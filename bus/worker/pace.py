@@ -4,11 +4,17 @@ from bus.config import IN_HAND_S, READ_COUNT
 
 
 class Pace:
-    """A running estimate of deliveries settled per second, while there is work."""
+    """A running estimate of calls per second, while there is work.
 
-    __slots__ = ("_at", "_finished", "_rate")
+    per_call: the most deliveries that one call takes. Calls are counted and not deliveries, since
+    what is read ahead of a batch handler waits for a whole call to end.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_at", "_finished", "_most", "_rate", "per_call")
+
+    def __init__(self, per_call: int = 1) -> None:
+        self.per_call = per_call
+        self._most = max(per_call, 2 * READ_COUNT)
         self._rate = 0.0
         self._at = 0.0
         self._finished = 0
@@ -27,9 +33,9 @@ class Pace:
     @property
     def ahead(self) -> int:
         """How many deliveries are IN_HAND_S of work."""
-        return min(int(self._rate * IN_HAND_S), 2 * READ_COUNT)
+        return min(int(self._rate * IN_HAND_S) * self.per_call, self._most)
 
     @property
     def low_water(self) -> int:
         """The buffer length at which reading on is worth a look: half of what is kept in hand."""
-        return min(READ_COUNT, int(self._rate * IN_HAND_S) // 2)
+        return min(READ_COUNT, int(self._rate * IN_HAND_S) * self.per_call // 2)

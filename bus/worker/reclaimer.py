@@ -252,15 +252,17 @@ class Reclaimer:
         return room - count
 
     async def _take_orphans(self, consumer: Consumer, hand: Hand, todo: Plan, room: int) -> int:
+        per_call = consumer.handler.batch or 1  # which a reclaimed one takes for itself alone
         for owner, least_idle_ms in todo.owners:
             if room <= 0:
                 break
             asked_at = asyncio.get_running_loop().time()
+            most = -(-room // per_call)
             taken = await self._store.reclaim(
-                hand.stream, consumer.group, self._name, owner, room, least_idle_ms
+                hand.stream, consumer.group, self._name, owner, most, least_idle_ms
             )
             count = consumer.deliver(hand, taken, asked_at, reclaimed=True)
-            room -= count
+            room -= count * per_call
             if count:
                 self._telemetry.emit(
                     "delivery.reclaimed",

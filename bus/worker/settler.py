@@ -78,6 +78,7 @@ class Settler:
     def ack(self, delivery: Delivery[Any]) -> None:
         """Take the commonest verdict."""
         delivery.settled = True
+        delivery.close_effects()  # none were collected, and none can be any more
         hand: Hand = delivery.origin  # type: ignore[assignment] # deliveries of a worker have one
         hand.held.pop(delivery.entry_id, None)
         hand.acks.append(delivery.entry_id)
@@ -87,6 +88,7 @@ class Settler:
     def settle(self, hand: Hand, delivery: Delivery[Any], verdict: Verdict) -> None:
         """Take a verdict."""
         delivery.settled = True
+        delivery.close_effects()
         if isinstance(verdict, Ack):
             hand.held.pop(delivery.entry_id, None)
             hand.acks.append(delivery.entry_id)

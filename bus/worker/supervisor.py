@@ -33,6 +33,7 @@ from bus.handler import Handler, Registry
 from bus.streams.keys import inbox, is_inbox
 from bus.streams.replies import ReplyError
 from bus.streams.topics import Record, TopicTable
+from bus.worker.batches import BatchConsumer
 from bus.worker.consumer import Consumer
 from bus.worker.executor import failure_of
 from bus.worker.janitor import Janitor, JanitorsBus
@@ -100,7 +101,7 @@ class Worker:
         turn = Turn()
         crowded: set[str] = set()  # streams that are nearly full, see Pressure
         self._consumers = [
-            Consumer(
+            (BatchConsumer if handler.batch else Consumer)(
                 handler,
                 self.name,
                 self._store,

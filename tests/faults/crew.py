@@ -18,15 +18,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Crew:
-    """Starts `program.py` processes and ends them all. All output goes to files, and is checked."""
+    """Starts processes of a program and ends them all. All output goes to files, and is checked."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, program: str = "tests.faults.program") -> None:
         self.folder = folder
+        self.program = program
         self.journal = Journal(folder)
         self._members: list[Member] = []
 
     def start(self, url: str, **wish: Any) -> Member:
-        member = Member(url, self.folder, len(self._members), wish)
+        member = Member(self.program, url, self.folder, len(self._members), wish)
         self._members.append(member)
         return member
 
@@ -46,12 +47,14 @@ class Crew:
 class Member:
     """One process."""
 
-    def __init__(self, url: str, folder: Path, number: int, wish: dict[str, Any]) -> None:
+    def __init__(
+        self, program: str, url: str, folder: Path, number: int, wish: dict[str, Any]
+    ) -> None:
         self._path = folder / f"output-{number}"
         wish = {"url": url, "folder": str(folder), **wish}
         with self._path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.faults.program", json.dumps(wish)],
+                [sys.executable, "-m", program, json.dumps(wish)],
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -76,14 +79,14 @@ class Member:
         await eventually(lambda: self.process.poll() is not None, "it never came to its failpoint")
         assert self.process.returncode == -signal.SIGKILL, self.output()
 
+    def stands(self) -> bool:
+        """Whether it stands still; not one that was ended and is not yet waited for."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
+
     async def stopped(self) -> None:
         """Wait until it stands still, by its own SIGSTOP or another's."""
-
-        def stands() -> bool:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
-            return stat.rpartition(")")[2].split()[0] == "T"
-
-        await eventually(stands, "it never stood still")
+        await eventually(self.stands, "it never stood still")
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)

@@ -120,6 +120,22 @@ def deeds(journal: Journal, *, gate: asyncio.Event | None = None, **settings: An
         **settings,
     }
 
+    if "batch" in settings:
+
+        @event_handler(Deed, **settings)
+        async def do_all(deliveries: list[Delivery[Deed]]) -> None:
+            for delivery in deliveries:
+                journal.write("start", delivery.event.n, delivery.attempt)
+            for delivery in deliveries:
+                try:
+                    await _act(delivery.event, delivery, journal)
+                except ValueError as error:
+                    delivery.fail(error)
+                else:
+                    journal.write("end", delivery.event.n, delivery.attempt)
+
+        return do_all
+
     @event_handler(Deed, **settings)
     async def do(deed: Deed, delivery: Delivery[Deed]) -> None:
         journal.write("start", deed.n, delivery.attempt)

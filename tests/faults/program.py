@@ -4,7 +4,7 @@ A failpoint is installed here, around a verb of the store, the read or the handl
 knows nothing of it. It ends the process by SIGKILL, or stops it by SIGSTOP, just before the n-th
 call of that verb or just after it.
 
-    point   a verb of StreamStore, `read`, `handler` or `on_dead`; "" for none
+    point   a verb of StreamStore, `read`, `handler`, `batch` or `on_dead`; "" for none
     moment  "before" or "after"
     nth     which call of it, from 1; "after" a taking one, only if it took something
     signal  "SIGKILL" or "SIGSTOP"
@@ -38,6 +38,7 @@ from tests.faults import deeds
 PLACES: dict[str, tuple[type, str]] = {
     "read": (Reader, "read"),
     "handler": (Executor, "call"),
+    "batch": (Executor, "call_batch"),
     "on_dead": (Executor, "call_on_dead"),
 }
 

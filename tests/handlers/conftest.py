@@ -3,21 +3,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from redis.asyncio import Redis
 
-from tests.handlers.application import KeepingBus
+from handlers.services import DocumentService
+from tests.handlers.application import connect, prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-
-@pytest.fixture
-async def redis(valkey_url: str) -> AsyncIterator[Any]:
-    """A client of an empty database."""
-    async with Redis.from_url(valkey_url) as client:
-        yield client
+    from bus import Bus
 
 
 @pytest.fixture
-def bus(redis: Any) -> KeepingBus:
-    return KeepingBus(redis)
+async def bus(valkey_url: str) -> AsyncIterator[Bus]:
+    """A bus on an empty database."""
+    async with connect(valkey_url) as bus:
+        yield bus
+
+
+@pytest.fixture
+def redis(bus: Bus) -> Any:
+    """Its client."""
+    return bus.redis
+
+
+@pytest.fixture
+async def documents(bus: Bus) -> DocumentService:
+    """Documents that can be created in the dataset `DATASET`; no event has been published yet."""
+    await prepare(bus)
+    return DocumentService(bus)

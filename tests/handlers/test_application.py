@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Backoff, Breaker, Bus, Registry, Worker
-from handlers import indexing, state
+from bus import Bus, Registry, Worker
+from handlers import indexing
 from handlers.events import DOCUMENTS, DocumentIndexed, DocumentIndexFailed
-from handlers.services import AppService, DatasetService, DocumentService, MessageService
-from handlers.state import Status
-from tests.handlers.application import DATASET, index_of
+from handlers.services import (
+    AppService,
+    DatasetService,
+    DocumentService,
+    MessageService,
+    QuotaService,
+)
+from handlers.state import Status, document_key
+from tests.handlers.application import (
+    DATASET,
+    DRAINED_S,
+    connect,
+    index_of,
+    prepare,
+    published,
+    quickly,
+    work,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from bus import Event, Handler
-
-DRAINED_S = 20.0
-
 
 @pytest.fixture
 async def bus(url: str) -> AsyncIterator[Bus]:
-    async with Bus.connect(url, topics=[DOCUMENTS]) as bus:
+    """On each kind of server; with a dataset, of which no event tells any more."""
+    async with connect(url) as bus:
+        await prepare(bus)
         yield bus
-
-
-def quickly(handler: Handler[...]) -> Handler[...]:
-    return replace(handler, backoff=Backoff(base_s=0.01, factor=1.0), breaker=Breaker(window_s=0.2))
-
-
-async def work(bus: Bus) -> None:
-    """Run the application's handlers until nothing is left to do."""
-    handlers = [quickly(indexing.index_document), quickly(indexing.unindex_document)]
-    async with Worker(bus, handlers=handlers) as worker:
-        await worker.drained(DRAINED_S)
-
-
-async def happened(bus: Bus, *types: type[Event]) -> list[Event]:
-    return [envelope.event async for envelope in bus.history("document", types=types)]
 
 
 async def dead_letters(bus: Bus, stream: str) -> list[dict[bytes, bytes]]:
@@ -55,7 +54,8 @@ async def status_of(bus: Bus, document_id: str) -> tuple[Any, ...]:
 
 def test_the_package_holds_what_a_worker_needs() -> None:
     registry = Registry.collect("handlers")
-    assert sorted(handler.group for handler in registry.handlers) == ["index", "unindex"]
+    groups = sorted(handler.group for handler in registry.handlers)
+    assert groups == ["cache", "cleanup", "index", "quota", "unindex"]
     assert registry.topics == (DOCUMENTS,)
 
 
@@ -73,7 +73,7 @@ async def test_documents_live_and_die(bus: Bus) -> None:
     assert await status_of(bus, "gone") == (None,)
     hits = await indexing.search(bus.redis, DATASET, "apples")
     assert [hit.title for hit in hits] == ["Kept"]
-    indexed = await happened(bus, DocumentIndexed)
+    indexed = await published(bus, DocumentIndexed)
     assert sorted((e.document_id, e.words) for e in indexed if isinstance(e, DocumentIndexed)) == [
         ("changed", 1),
         ("changed", 1),
@@ -102,7 +102,7 @@ async def test_a_text_that_never_comes_ends_in_a_failure_its_owner_can_see(bus: 
     error = "TextMissing: the text of document d has not come yet"
     assert await status_of(bus, "d") == (Status.INDEX_FAILED, error)
     failed = DocumentIndexFailed(document_id="d", dataset_id=DATASET, error=error)
-    assert await happened(bus, DocumentIndexFailed) == [failed]
+    assert await published(bus, DocumentIndexFailed) == [failed]
     await documents.update("d", text=b"at last")
     await work(bus)
     assert await status_of(bus, "d") == (Status.INDEXED, "")
@@ -117,10 +117,8 @@ async def test_a_text_that_comes_between_two_attempts_is_indexed(bus: Bus) -> No
     async def upload_after_two(event: Any, delivery: Any) -> None:
         attempts.append(delivery.attempt)
         if delivery.attempt == 3:
-            fields: state.Fields = {"has_text": 1, "text": b"late"}
-            document = await documents.get("d")
-            assert document is not None
-            await state.change_document(bus.redis, "d", document.revision, fields)
+            redis: Any = bus.redis
+            await redis.hset(document_key("d"), mapping={"has_text": 1, "text": b"late"})
         await indexing.index_document(event, delivery)
 
     handler = replace(quickly(indexing.index_document), call=upload_after_two)
@@ -150,7 +148,7 @@ async def test_an_entry_that_is_no_event_is_a_dead_letter_and_nobodys_failure(bu
     await work(bus)
     [letter] = await dead_letters(bus, "bus:{document:0}")
     assert (letter[b"deadreason"], letter[b"deadentry"]) == (b"undecodable", raw)
-    assert await happened(bus, DocumentIndexFailed) == []
+    assert await published(bus, DocumentIndexFailed) == []
     assert await status_of(bus, "d") == (Status.INDEXED, "")
 
 
@@ -167,8 +165,31 @@ async def test_whatever_concerns_a_document_lies_in_one_stream(bus: Bus) -> None
 async def test_apps_datasets_and_messages_are_published_to_their_topics(bus: Bus) -> None:
     receipts = [
         await AppService(bus).create("a", "n"),
-        await DatasetService(bus).create(DATASET, "a", "n"),
+        await DatasetService(bus).create("new", "a", "n"),
         await MessageService(bus).create("m", "u", "a", "hello"),
+        await QuotaService(bus).grant("u", 1),
     ]
     streams = [receipt.stream for receipt in receipts]
-    assert streams == ["bus:{app:0}", "bus:{dataset:0}", "bus:{message:0}"]
+    assert streams == ["bus:{app:0}", "bus:{dataset:0}", *["bus:{message:0}"] * 2]
+
+
+async def test_the_whole_application_at_work(bus: Bus) -> None:
+    """Five handlers side by side; what is deleted leaves what is not as it was."""
+    datasets, documents, quotas = DatasetService(bus), DocumentService(bus), QuotaService(bus)
+    await quotas.grant("ada", 10)
+    await datasets.create("other", APP, "Other")
+    for number in range(12):
+        await documents.create(f"d{number}", DATASET if number % 2 else "other", "t", b"words")
+        await MessageService(bus).create(f"m{number}", "ada", APP, "eight ch")
+        await datasets.search(DATASET, "words")
+    await work(bus)
+    assert len(await datasets.search(DATASET, "words")) == 6
+    assert await quotas.balance("ada") == 10 - 12 * 3
+    await datasets.delete(DATASET)
+    await work(bus)
+    assert await datasets.search(DATASET, "words") == []
+    assert len(await datasets.search("other", "words")) == 6
+    assert not [key for key in await kept(bus.redis) if DATASET in key.split(":")]
+    told = Counter(await types_of(bus))
+    assert told["quota.exceeded"] == 1
+    assert (told["document.indexed"], told["document.deleted"]) == (12, 6)

@@ -26,6 +26,7 @@ DECLARED = {
     "document.indexed": ("document", "document_id"),
     "document.index_failed": ("document", "document_id"),
     "message.created": ("message", "user_id"),
+    "quota.granted": ("message", "user_id"),
     "quota.exceeded": ("message", "user_id"),
     "model.message_start": ("model", "run_id"),
     "model.content_block_start": ("model", "run_id"),

@@ -8,23 +8,41 @@ import pytest
 
 from bus import Reject, Undecodable
 from handlers import indexing, state
-from handlers.events import DocumentCreated, DocumentDeleted, DocumentIndexed, DocumentIndexFailed
+from handlers.events import (
+    DocumentCreated,
+    DocumentDeleted,
+    DocumentIndexed,
+    DocumentIndexFailed,
+    DocumentUpdated,
+)
 from handlers.indexing import TextMissing, count_words, search
 from handlers.services import DocumentService
 from handlers.state import Status
-from tests.handlers.application import DATASET, handle, index_of, status_of
+from tests.handlers.application import (
+    DATASET,
+    Interrupted,
+    handle,
+    index_of,
+    kept,
+    published,
+    status_of,
+    types_of,
+)
 
 if TYPE_CHECKING:
     from bus import Event
 
 
-@pytest.fixture
-def documents(bus: Any) -> DocumentService:
-    return DocumentService(bus)
-
-
 def created(document_id: str = "d") -> DocumentCreated:
     return DocumentCreated(document_id=document_id, dataset_id=DATASET, title="t")
+
+
+def updated() -> DocumentUpdated:
+    return DocumentUpdated(document_id="d", dataset_id=DATASET, title="t")
+
+
+def deleted() -> DocumentDeleted:
+    return DocumentDeleted(document_id="d", dataset_id=DATASET)
 
 
 # --- words
@@ -59,30 +77,66 @@ async def test_a_created_document_is_found_by_its_words(
     documents: DocumentService, bus: Any, redis: Any
 ) -> None:
     await documents.create("d", DATASET, "t", b"one two two")
-    await handle(bus.published[0], bus)
+    await handle(created(), bus)
     assert await index_of(redis) == {"d": {"one", "two"}}
     assert await status_of(redis) == (Status.INDEXED, "")
-    assert bus.published[-1] == DocumentIndexed(document_id="d", dataset_id=DATASET, words=2)
+    indexed = DocumentIndexed(document_id="d", dataset_id=DATASET, words=2)
+    assert (await published(bus))[2:] == [indexed]
 
 
 async def test_an_updated_document_is_not_found_by_its_old_words(
     documents: DocumentService, bus: Any, redis: Any
 ) -> None:
     await documents.create("d", DATASET, "t", b"one two")
-    await handle(bus.published[0], bus)
+    await handle(created(), bus)
     await documents.update("d", text=b"two three")
-    await handle(bus.published[-1], bus)
+    await handle(updated(), bus)
     assert await index_of(redis) == {"d": {"two", "three"}}
+
+
+async def test_a_revision_is_told_to_be_indexed_once_however_many_events_there_are(
+    documents: DocumentService, bus: Any
+) -> None:
+    await documents.create("d", DATASET, "t", b"one")
+    await documents.update("d", text=b"two")
+    for event in (created(), updated(), created()):
+        await handle(event, bus)
+    assert (await types_of(bus)).count("document.indexed") == 1
+
+
+async def test_an_index_that_was_lost_is_made_again_by_handling_the_events_again(
+    documents: DocumentService, bus: Any, redis: Any
+) -> None:
+    await documents.create("d", DATASET, "t", b"one two")
+    await handle(created(), bus)
+    await redis.delete(state.postings_key(DATASET, "one"))
+    await handle(created(), bus)
+    assert await index_of(redis) == {"d": {"one", "two"}}
+    assert await status_of(redis) == (Status.INDEXED, "")
+
+
+async def test_a_text_of_many_words_is_written_and_removed_in_several_steps(
+    documents: DocumentService, bus: Any, redis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "WORDS_PER_STEP", 3)
+    words = {f"word{n}" for n in range(10)}
+    await documents.create("d", DATASET, "t", " ".join(words).encode())
+    await handle(created(), bus)
+    assert await index_of(redis) == {"d": words}
+    await documents.update("d", text=b"word0 other")
+    await handle(updated(), bus)
+    assert await index_of(redis) == {"d": {"word0", "other"}}
 
 
 async def test_a_deleted_document_leaves_nothing(
     documents: DocumentService, bus: Any, redis: Any
 ) -> None:
+    before = await kept(redis)
     await documents.create("d", DATASET, "t", b"one two")
-    await handle(bus.published[0], bus)
+    await handle(created(), bus)
     await documents.delete("d")
-    await handle(bus.published[-1], bus)
-    assert await redis.dbsize() == 0
+    await handle(deleted(), bus)
+    assert await kept(redis) == before
 
 
 async def test_an_old_event_after_a_new_one_changes_nothing(
@@ -92,19 +146,21 @@ async def test_an_old_event_after_a_new_one_changes_nothing(
     await documents.update("d", text=b"two")
     await documents.delete("d")
     await documents.create("d", DATASET, "t", b"three")
-    happened = list(bus.published)
-    for event in (happened[2], happened[4], happened[3], happened[0], happened[3]):
+    for event in (updated(), created(), deleted(), created(), deleted()):
         await handle(event, bus)
     assert await index_of(redis) == {"d": {"three"}}
     assert await status_of(redis) == (Status.INDEXED, "")
     assert await redis.smembers(state.dataset_documents_key(DATASET)) == {b"d"}
 
 
-async def test_an_event_of_a_document_that_is_gone_changes_nothing(bus: Any, redis: Any) -> None:
+async def test_an_event_of_a_document_that_is_gone_changes_nothing(
+    documents: DocumentService, bus: Any, redis: Any
+) -> None:
+    before = await kept(documents.bus.redis)
     await handle(created(), bus)
-    await handle(DocumentDeleted(document_id="d", dataset_id=DATASET), bus)
-    assert await redis.dbsize() == 0
-    assert bus.published == []
+    await handle(deleted(), bus)
+    assert await kept(redis) == before
+    assert await published(bus) == []
 
 
 async def test_a_text_that_has_not_come_yet_fails_until_it_comes(
@@ -144,7 +200,10 @@ def dead(event: Event | None, text: str = "has not come") -> Any:
     return Dead()
 
 
-async def test_a_dead_letter_tells_the_owner(
+FAILED = DocumentIndexFailed(document_id="d", dataset_id=DATASET, error="TextMissing: has not come")
+
+
+async def test_a_dead_letter_tells_the_owner_once(
     documents: DocumentService, bus: Any, redis: Any
 ) -> None:
     await documents.create("d", DATASET, "t")
@@ -152,25 +211,59 @@ async def test_a_dead_letter_tells_the_owner(
         await handle(created(), bus)
     for _ in range(2):  # a crash may repeat it
         await indexing.mark_index_failed(dead(created()), bus)
-    error = "TextMissing: has not come"
-    assert await status_of(redis) == (Status.INDEX_FAILED, error)
-    failed = DocumentIndexFailed(document_id="d", dataset_id=DATASET, error=error)
-    assert bus.published[2:] == [failed, failed]
+    assert await status_of(redis) == (Status.INDEX_FAILED, FAILED.error)
+    assert await published(bus, DocumentIndexFailed) == [FAILED]
     await documents.update("d", text=b"at last")
     assert await status_of(redis) == (Status.NEW, "")
+
+
+async def test_one_that_succeeds_beside_one_that_gave_up_has_the_last_word(
+    documents: DocumentService, bus: Any, redis: Any
+) -> None:
+    """Of two events of one document, one is a dead letter while the other is being handled."""
+    await documents.create("d", DATASET, "t", b"text")
+    gave_up = False
+
+    async def before(trip: int) -> None:
+        nonlocal gave_up
+        if trip == 4 and not gave_up:  # has begun, is about to write postings
+            gave_up = True
+            await indexing.mark_index_failed(dead(created()), bus)
+            assert await status_of(redis) == (Status.INDEX_FAILED, FAILED.error)
+
+    await handle(created(), Interrupted(bus, before))
+    assert gave_up
+    assert await status_of(redis) == (Status.INDEXED, "")
+    assert (await types_of(bus))[2:] == ["document.index_failed", "document.indexed"]
 
 
 async def test_a_dead_letter_of_an_older_text_says_nothing_of_the_present_one(
     documents: DocumentService, bus: Any, redis: Any
 ) -> None:
     await documents.create("d", DATASET, "t", b"good")
-    await handle(bus.published[0], bus)
+    await handle(created(), bus)
     await indexing.mark_index_failed(dead(created()), bus)
     assert await status_of(redis) == (Status.INDEXED, "")
     await documents.update("d", text=b"better")
     await indexing.mark_index_failed(dead(created()), bus)
     assert await status_of(redis) == (Status.NEW, "")
-    assert "DocumentIndexFailed" not in bus.types()
+    assert await published(bus, DocumentIndexFailed) == []
+
+
+async def test_a_text_that_comes_while_its_failure_is_told_is_not_called_a_failure(
+    documents: DocumentService, bus: Any, redis: Any
+) -> None:
+    await documents.create("d", DATASET, "t")
+    with pytest.raises(TextMissing):
+        await handle(created(), bus)
+
+    async def before(trip: int) -> None:
+        if trip == 2:  # has read, is about to write
+            await documents.update("d", text=b"late")
+
+    await indexing.mark_index_failed(dead(created()), Interrupted(bus, before))  # type: ignore[arg-type]
+    assert await status_of(redis) == (Status.NEW, "")
+    assert await published(bus, DocumentIndexFailed) == []
 
 
 @pytest.mark.parametrize("event", [None, created("gone")], ids=["undecodable", "deleted"])
@@ -178,8 +271,8 @@ async def test_a_dead_letter_without_a_document_is_nobodys_failure(
     bus: Any, redis: Any, event: Event | None
 ) -> None:
     await indexing.mark_index_failed(dead(event), bus)
-    assert await redis.dbsize() == 0
-    assert bus.published == []
+    assert await kept(redis) == set()
+    assert await published(bus) == []
 
 
 # --- searching
@@ -227,6 +320,15 @@ async def test_a_deleted_document_is_not_found_even_before_its_postings_are_gone
 
 
 # --- size
+
+
+async def test_deleted_documents_before_it_do_not_shorten_a_list_of_hits(
+    documents: DocumentService, redis: Any
+) -> None:
+    await _filled(documents, {f"d{n}": b"one" for n in range(6)})
+    for n in range(4):
+        await documents.delete(f"d{n}")
+    assert [hit.document_id for hit in await search(redis, DATASET, "one", 2)] == ["d4", "d5"]
 
 
 async def test_a_source_file_of_100_kilobytes_is_indexed_in_well_under_50_ms(

@@ -23,10 +23,10 @@ from bus import Event, EventTooLarge, InvalidEvent, Undecodable, UnknownEventTyp
 from bus.config import MAX_DECODE_BYTES, MAX_EVENT_BYTES
 from bus.event import info_of
 from bus.streams.codec import (
-    NO_HEADERS,
     Headers,
     decode,
     encode,
+    header_fields,
     info_for,
     key_of,
     locate,
@@ -110,10 +110,10 @@ RICH = st.fixed_dictionaries(
 )
 
 
-def sent(event: Event, headers: Headers = NO_HEADERS, most: int = MAX_EVENT_BYTES) -> list[bytes]:
+def sent(event: Event, headers: Headers = Headers(), most: int = MAX_EVENT_BYTES) -> list[bytes]:
     """Return the fields of `event` as the server will hand them out."""
     info = info_of(type(event))
-    fields, _ = encode(info, event, "id-1", key_of(info, event), headers, most)
+    fields, _ = encode(info, event, "id-1", key_of(info, event), header_fields(headers), most)
     return [f.encode() if isinstance(f, str) else f for f in fields]
 
 
@@ -317,14 +317,14 @@ def test_an_event_that_holds_itself_is_refused():
 @pytest.mark.parametrize("name", Headers._fields)
 def test_lone_surrogates_in_headers_are_refused(name):
     with pytest.raises(InvalidEvent, match=r"is not UTF-8|header values are strings"):
-        sent(Plain(name="n"), NO_HEADERS._replace(**{name: "\ud800"}))
+        sent(Plain(name="n"), Headers(**{name: "\ud800"}))
 
 
 def test_a_lone_surrogate_in_a_key_or_an_id_is_refused():
     info = info_of(Loose)
     for event_id, key in (("\ud800", None), ("i", "\udfff")):
         with pytest.raises(InvalidEvent, match="is not UTF-8"):
-            encode(info, Loose(), event_id, key, NO_HEADERS, MAX_EVENT_BYTES)
+            encode(info, Loose(), event_id, key, [], MAX_EVENT_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,29 @@ async def count(event: BookAdded) -> int:
     return event.pages
 
 
+@event_handler(BookAdded, group="stats", batch=100, batch_wait_ms=20)
+async def count_all(deliveries: list[Delivery[BookAdded]]) -> None:
+    """Take many at once."""
+    for delivery in deliveries:
+        assert_type(delivery.event, BookAdded)
+        delivery.fail(ValueError("no pages"))
+        delivery.reject("a book has pages")
+        delivery.retry_later(5)
+
+
+assert_type(count_all.batch, int | None)
+
+
+class Librarian:
+    """Take many as a class."""
+
+    async def handle(self, deliveries: list[Delivery[Event]]) -> None:
+        """Take any events."""
+
+
+catalogue = event_handler("typing.*", group="catalogue", topics=["typing"], batch=9)(Librarian)
+
+
 class Auditor:
     """Handle as a class."""
 
@@ -98,7 +121,7 @@ audit = event_handler("typing.*", group="audit", topics=["typing"])(Auditor)
 
 assert_type(audit, Handler[...])
 assert_type(shelve.group, str)
-handlers: list[Handler[...]] = [shelve, count, audit]
+handlers: list[Handler[...]] = [shelve, count, audit, count_all, catalogue]
 registry = Registry([shelve, count, audit], topics=[topic])
 
 
@@ -107,6 +130,7 @@ async def call_them(delivery: Delivery[BookAdded]) -> None:
     await shelve(event, delivery)
     await count(event)
     await audit(event, delivery)
+    await count_all([delivery])
     waiting: Awaitable[object] = count(event)
     await waiting
 

@@ -39,10 +39,21 @@ def blocking(event: Loaned) -> None:
     """Is not async."""
 
 
+@event_handler(Loaned, group="many", batch=10)
+async def remind_all(deliveries: list[Delivery[Loaned]]) -> None:
+    """Take many."""
+    deliveries[0].fail("too late")  # type: ignore[arg-type]
+    deliveries[0].event.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+event_handler(Loaned, group="g", batch="all")  # type: ignore[arg-type]
+
+
 async def live(bus: Bus, delivery: Delivery[Loaned]) -> None:
     """Use things wrongly."""
     await remind(Loaned(book_id="b"))  # type: ignore[call-arg]  # it takes the delivery too
     await remind("b", delivery)  # type: ignore[arg-type]
+    await remind_all(delivery)  # type: ignore[arg-type]
     await bus.publish("an event")  # type: ignore[arg-type]
     await bus.publish(Loaned)  # type: ignore[arg-type]  # the class instead of an event
     await bus.publish_many([1, 2])  # type: ignore[list-item]

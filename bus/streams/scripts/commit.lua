@@ -8,15 +8,16 @@
 --         types: {key, type it must have if it exists, ...}. appends: stream -> events. commands:
 --         {{tests, {name, key, ...}}, ...}. tests: {command, test, low, high, ...}
 --         5.. values that are no UTF-8, which msgpack cannot carry to Lua; binaries of a unit:
---         {command, place in it, which of them, ...}
+--         {command, place in it or, below 0, in its tests, which of them, ...}
 -- Returns {{answer per delivery}, {stream, who pins it, ghosts, dropped, ...}, {stream, events
 --         appended, ...}}. An answer is
 --         1 done; 0 not this worker's any more, or done before: nothing was done;
 --         {2, stream, who pins it} no room there: nothing was done;
 --         {3, error, applied} a command failed: those before it stay, and the delivery is a dead
 --         letter now, so that they are never applied again; {1, ran, replies} of a transaction.
+--         ran, per command: 1 yes, 0 no, 2 yes, and its reply is a whole number written as text.
 -- Error   STALE: a later batch of this sender was applied before. OOM, READONLY, ...: the server
---         takes no writes, nothing was done at all.
+--         takes no writes; NOPERM: the user may not: nothing was done at all.
 -- Atomic  because that is the promise.
 -- include _owned
 local group, owner, transaction = ARGV[1], ARGV[2], ARGV[1] == ''
@@ -44,7 +45,8 @@ local reads = {GET = true, HGET = true, SISMEMBER = true, SCARD = true, ZSCORE =
 local wrote = false -- a server that takes no writes says so at the first one
 local function unwritten(err)
   if wrote then return false end
-  for _, code in ipairs({'OOM ', 'READONLY ', 'MISCONF ', 'NOREPLICAS '}) do
+  for _, code in ipairs({'OOM ', 'READONLY ', 'MISCONF ', 'NOREPLICAS ', 'NOPERM ',
+      'ACL failure', "executing the script can't"}) do
     if string.find(err, code, 1, true) then return true end
   end
   return false
@@ -56,6 +58,7 @@ local function holds(reply, test, low, high)
   if test == 'present' then return reply and true end
   if not reply then return false end
   if test == 'between' then
+    if type(reply) == 'string' and string.find(reply, '[xX%s]') then return false end
     local n = tonumber(reply)
     return n and n >= tonumber(low) and n <= tonumber(high)
   end
@@ -143,7 +146,9 @@ for i, unit in ipairs(units) do
     answer = not wrong and full(appends) or nil
     if not answer then
       for k = 1, binaries and #binaries or 0, 3 do
-        commands[binaries[k]][2][binaries[k + 1]] = ARGV[4 + binaries[k + 2]]
+        local command, place = commands[binaries[k]], binaries[k + 1]
+        local values = place < 0 and command[1] or command[2]
+        values[math.abs(place)] = ARGV[4 + binaries[k + 2]]
       end
       local replies, ran, applied = {}, {}, {}
       for n, command in ipairs(wrong and {} or commands) do
@@ -159,14 +164,22 @@ for i, unit in ipairs(units) do
             wrong = args[1] .. ' ' .. args[2] .. ': ' .. reply['err']
             break
           end
+          ran[n] = 1
+          if type(reply) == 'number' and math.abs(reply) > 9007199254740991 then
+            -- Only counters get so far, and a script's numbers do not: the server has it as text.
+            reply = args[1] == 'INCRBY' and redis.call('GET', args[2])
+              or redis.call('HGET', args[2], args[3])
+            ran[n] = 2
+          end
           replies[n] = reply
           if not reads[args[1]] then
             wrote = true
             if args[1] == 'XADD' then added[args[2]] = (added[args[2]] or 0) + 1 end
             applied[#applied + 1] = args[1] .. ' ' .. args[2]
           end
+        else
+          ran[n] = 0
         end
-        ran[n] = met and 1 or 0
       end
       answer = 1
       if wrong then
@@ -178,7 +191,10 @@ for i, unit in ipairs(units) do
         end
         answer = {1, ran, replies}
       end
-      if not transaction then done[#done + 1] = id end
+      if not transaction then
+        done[#done + 1] = id
+        mine[id] = nil
+      end
     end
   end
   answers[i] = answer
