@@ -277,7 +277,7 @@ async def test_on_a_cluster_an_event_of_another_slot_undoes_a_transaction(node):
             change.publish(Shelved(n=1))
 
     async with Bus.connect(node.url) as bus:
-        with pytest.raises(InvalidEffect, match="bus:{shelf:0} lies in another slot"):
+        with pytest.raises(InvalidEffect, match=r"bus:\{shelf:0\} lies in another slot"):
             await both(bus)
         assert await bus.redis.exists("{a}:x") == 0
 

@@ -32,8 +32,8 @@ class BatchConsumer(Consumer):
         assert handler.batch is not None
         self._most = handler.batch
         self._wait_s = handler.batch_wait_ms / 1000
-        # Nothing is due before this loop time. Never too late: what comes in is younger than what
-        # was looked at, and when something is taken out the next look is a thorough one.
+        # Nothing is due before this loop time; when it has come, all are looked at. What comes in
+        # is younger than what was there, so it may be too early, and never too late.
         self._due_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._calls = 0
@@ -128,16 +128,15 @@ class BatchConsumer(Consumer):
         them is due, or one has to be checked first, they are put back.
         """
         buffer = self.holding.buffer
-        self._due_at = float("-inf")
         batch: list[Delivery[Any]] = []
-        aside: list[Delivery[Any]] = []  # those that go alone, in front of the next that looks
+        aside: list[Delivery[Any]] = []  # those that come first when the next slot looks
         again = False
         while buffer and len(batch) < self._most:
             delivery = buffer.popleft()
             if not batch and not aside and (self._circuit.is_open or _goes_alone(delivery)):
                 return [delivery]
             if now - delivery.checked_at > self._unchecked_s:
-                aside.insert(0, delivery)
+                aside.append(delivery)
                 again = True
                 break
             if _goes_alone(delivery):

@@ -219,7 +219,7 @@ class Executor:
             error = await self._end_of(slot, lambda: self._call([*deliveries]))
         finally:
             answers = cause.end()
-        cut_off = slot.cut_off  # on_dead may run in this slot before all verdicts are asked for
+        cut_off = slot.cut_off
         meanings: dict[int, Verdict | Failure] = {}
 
         def verdict_on(delivery: Delivery[Any]) -> Verdict:

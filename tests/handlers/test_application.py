@@ -20,13 +20,16 @@ from handlers.services import (
 )
 from handlers.state import Status, document_key
 from tests.handlers.application import (
+    APP,
     DATASET,
     DRAINED_S,
     connect,
     index_of,
+    kept,
     prepare,
     published,
     quickly,
+    types_of,
     work,
 )
 

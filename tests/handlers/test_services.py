@@ -259,25 +259,50 @@ async def test_nothing_comes_into_a_deleted_dataset(
 ) -> None:
     await documents.create("d", DATASET, "t")
     await services.DatasetService(bus).delete(DATASET)
-    for call in (documents.create("new", DATASET, "t"), documents.update("d", title="u")):
+    before = await dump(redis)
+    for call in (
+        documents.create("new", DATASET, "t"),
+        documents.create("d", DATASET, "again"),
+        documents.update("d", title="u"),
+    ):
         with pytest.raises(LookupError, match="no dataset 'ds'"):
             await call
-    assert not await redis.exists(state.document_key("new"))
+    assert await dump(redis) == before
 
 
+@pytest.mark.parametrize("quick", ["title", "text"])
 async def test_a_change_between_reading_and_writing_is_not_overwritten(
-    documents: services.DocumentService, bus: Bus, redis: Any
+    documents: services.DocumentService, bus: Bus, redis: Any, quick: str
 ) -> None:
     """Two people edit: the title of one and the text of the other must both survive."""
     await documents.create("d", DATASET, "old", b"old")
+    edits: dict[str, dict[str, Any]] = {"title": {"title": "new"}, "text": {"text": b"new"}}
 
     async def before(trip: int) -> None:
         if trip == 2:  # has read, is about to write
-            await documents.update("d", text=b"new")
+            await documents.update("d", **edits.pop(quick))
 
     slow = services.DocumentService(Interrupted(bus, before))  # type: ignore[arg-type]
-    await slow.update("d", title="new")
+    [(_, edit)] = [item for item in edits.items() if item[0] != quick]
+    await slow.update("d", **edit)
     assert await redis.hmget(state.document_key("d"), "title", "text") == [b"new", b"new"]
+
+
+async def test_a_document_deleted_between_reading_and_writing_stays_deleted(
+    documents: services.DocumentService, bus: Bus
+) -> None:
+    await documents.create("d", DATASET, "old", b"old")
+
+    async def before(trip: int) -> None:
+        if trip == 2:
+            await documents.delete("d")
+
+    slow = services.DocumentService(Interrupted(bus, before))  # type: ignore[arg-type]
+    with pytest.raises(LookupError, match="no document 'd'"):
+        await slow.update("d", text=b"new")
+    document = await documents.get("d")
+    assert document is not None
+    assert document.status is Status.DELETED
 
 
 # --- messages and quotas

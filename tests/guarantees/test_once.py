@@ -1,0 +1,261 @@
+"""`once=`: an event that was published twice is handled by one of its deliveries."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus import Backoff, Bus, Delivery, Event, Reject, Worker, event_handler
+from bus.streams import keys
+from tests.witness import Witness, eventually
+
+if TYPE_CHECKING:
+    from bus import Handler
+
+STREAM = "bus:{parcel:0}"
+GROUP = "deliver"
+HOUR = timedelta(hours=1)
+
+
+class Parcel(Event, type="parcel.sent", key="house"):
+    house: str
+    how: str = "well"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bus.worker.once.ONCE_BUSY_PARK_S", 0.1)
+
+
+def delivering(ran: list[tuple[str, int]], **settings: Any) -> Handler[...]:
+    settings = {
+        "group": GROUP,
+        "once": HOUR,
+        "breaker": None,
+        "max_attempts": 2,
+        "backoff": Backoff(base_s=0.05, factor=1.0, jitter=0.0),
+        **settings,
+    }
+
+    @event_handler(Parcel, **settings)
+    async def deliver(parcel: Parcel, delivery: Delivery[Parcel]) -> None:
+        ran.append((delivery.entry_id.decode(), delivery.attempt))
+        if parcel.how == "second time" and delivery.attempt == 1:
+            raise ValueError("nobody at home")
+        if parcel.how == "never":
+            raise Reject("no such house")
+        delivery.effects.incrby(f"parcels:{parcel.house}")
+
+    return deliver
+
+
+async def marks(bus: Bus) -> dict[str, bytes]:
+    found = [k async for k in bus.redis.scan_iter(match=f"{STREAM}:once:*")]
+    return {k.decode(): await bus.redis.get(k) for k in found}
+
+
+async def test_an_event_published_twice_is_handled_once(url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(url) as bus:
+        told = Witness(bus)
+        for _ in range(3):
+            await bus.publish(Parcel(house="a"), event_id="one")
+        await bus.publish(Parcel(house="a"), event_id="two")
+        async with Worker(bus, [delivering(ran)]) as worker:
+            await worker.drained(20)
+            assert len(ran) == 2
+            assert await bus.redis.get("parcels:a") == b"2"
+            assert len(told.of("delivery.duplicate")) == 2
+            await bus.publish(Parcel(house="a"), event_id="one")  # later, too
+            await worker.drained(20)
+        assert len(ran) == 2
+        assert await marks(bus) == {
+            f"{STREAM}:once:{GROUP}::one": b"done",
+            f"{STREAM}:once:{GROUP}::two": b"done",
+        }
+
+
+async def test_without_once_it_is_handled_as_often_as_it_was_published(valkey_url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        for _ in range(3):
+            await bus.publish(Parcel(house="a"), event_id="one")
+        async with Worker(bus, [delivering(ran, once=None)]) as worker:
+            await worker.drained(20)
+    assert len(ran) == 3
+
+
+async def test_two_deliveries_of_one_event_never_run_at_a_time(url: str) -> None:
+    going = asyncio.Event()
+    running = most = calls = 0
+
+    @event_handler(Parcel, group=GROUP, once=HOUR)
+    async def deliver(_: Parcel) -> None:
+        nonlocal running, most, calls
+        calls += 1
+        running += 1
+        most = max(most, running)
+        await going.wait()
+        running -= 1
+
+    async with Bus.connect(url) as bus, Bus.connect(url) as other:
+        told = Witness(bus)
+        for _ in range(4):
+            await bus.publish(Parcel(house="a"), event_id="one")
+        async with Worker(bus, [deliver]) as worker, Worker(other, [deliver]):
+            second = Witness(other)
+            await eventually(lambda: (told.counts() + second.counts())["delivery.postponed"] >= 3)
+            going.set()
+            await worker.drained(20)
+        assert (most, calls) == (1, 1)
+        assert (await bus.redis.xpending(STREAM, GROUP))["pending"] == 0
+
+
+async def test_a_retry_is_no_second_event(valkey_url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        await bus.publish(Parcel(house="a", how="second time"), event_id="one")
+        await bus.publish(Parcel(house="a", how="second time"), event_id="one")
+        async with Worker(bus, [delivering(ran)]) as worker:
+            await worker.drained(20)
+        assert [attempt for _, attempt in ran] == [1, 2]
+        assert len({entry_id for entry_id, _ in ran}) == 1, "while it is parked, nobody overtakes"
+        assert await bus.redis.get("parcels:a") == b"1"
+
+
+async def test_after_one_delivery_died_the_other_one_is_tried(valkey_url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        for _ in range(2):
+            await bus.publish(Parcel(house="a", how="never"), event_id="one")
+        async with Worker(bus, [delivering(ran)]) as worker:
+            await worker.drained(20)
+        assert len({entry_id for entry_id, _ in ran}) == 2
+        assert await bus.redis.xlen(keys.dead(STREAM, GROUP)) == 2
+
+
+async def test_a_delivery_that_crashed_goes_on_by_itself(valkey_url: str) -> None:
+    """Its worker is gone, its name is still in the mark."""
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        receipt = await bus.publish(Parcel(house="a"), event_id="one")
+        await bus.redis.xgroup_create(STREAM, GROUP, id="0")
+        await bus.redis.xreadgroup(GROUP, "gone", {STREAM: ">"})
+        claimed = await bus.store.claim(
+            keys.once(STREAM, GROUP, "", "one"), STREAM, STREAM, GROUP, receipt.entry_id.encode(), 9
+        )
+        assert claimed == 1
+        async with Worker(bus, [delivering(ran, visibility_s=0.3)]) as worker:
+            await worker.drained(20)
+        assert ran == [(receipt.entry_id, 2)]
+        assert await bus.redis.get("parcels:a") == b"1"
+
+
+async def test_the_mark_is_put_by_the_script_that_acks_and_not_without_it(valkey_url: str) -> None:
+    """A zombie marks nothing: another worker has the entry by now, and has yet to handle it."""
+    going, there = asyncio.Event(), asyncio.Event()
+
+    @event_handler(Parcel, group=GROUP, once=HOUR)
+    async def deliver(_: Parcel) -> None:
+        there.set()
+        await going.wait()
+
+    async with Bus.connect(valkey_url) as bus:
+        told = Witness(bus)
+        receipt = await bus.publish(Parcel(house="a"), event_id="one")
+        async with Worker(bus, [deliver]):
+            await there.wait()
+            await bus.redis.xclaim(STREAM, GROUP, "thief", 0, [receipt.entry_id])
+            going.set()
+            await eventually(lambda: told.of("delivery.refused"))
+        assert list((await marks(bus)).values()) == [f"s {receipt.entry_id}".encode()]
+
+
+async def test_a_replay_and_a_redrive_run_again_on_purpose(valkey_url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        receipt = await bus.publish(Parcel(house="a"), event_id="one")
+        async with Worker(bus, [delivering(ran)]) as worker:
+            await worker.drained(20)
+            ((_, fields),) = await bus.redis.xrange(STREAM)
+            for run in ("replay-1", "replay-1", "replay-2"):
+                put = {**fields, b"origentry": receipt.entry_id, b"run": run}
+                await bus.redis.xadd(keys.inbox(STREAM, GROUP), put)
+            await eventually(lambda: len(ran) >= 3)
+            await worker.drained(20)
+        assert len(ran) == 3, "once as it was, and once for each run"
+        assert await bus.redis.xlen(keys.inbox(STREAM, GROUP)) == 0
+
+
+async def test_each_group_handles_it(valkey_url: str) -> None:
+    first: list[tuple[str, int]] = []
+    second: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        for _ in range(2):
+            await bus.publish(Parcel(house="a"), event_id="one")
+        handlers = [delivering(first), delivering(second, group="count")]
+        async with Worker(bus, handlers) as worker:
+            await worker.drained(20)
+    assert (len(first), len(second)) == (1, 1)
+
+
+@pytest.mark.parametrize("event_id", ["i" * 5_000, "with spaces: and {braces}", "äöü"])
+async def test_any_event_id_will_do(valkey_url: str, event_id: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        for _ in range(2):
+            await bus.publish(Parcel(house="a"), event_id=event_id)
+        async with Worker(bus, [delivering(ran)]) as worker:
+            await worker.drained(20)
+        assert len(ran) == 1
+        assert all(len(key) < 200 for key in await marks(bus))
+
+
+async def test_the_mark_expires(valkey_url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        await bus.publish(Parcel(house="a"), event_id="one")
+        async with Worker(bus, [delivering(ran, once=timedelta(seconds=30))]) as worker:
+            await worker.drained(20)
+            (mark,) = await marks(bus)
+            assert 0 < await bus.redis.pttl(mark) <= 30_000
+            await bus.redis.delete(mark)  # as after 30 s
+            await bus.publish(Parcel(house="a"), event_id="one")
+            await worker.drained(20)
+    assert len(ran) == 2
+
+
+async def test_effects_that_fail_leave_no_mark(valkey_url: str) -> None:
+    """It is a dead letter, and a redrive must not be taken for handled."""
+
+    @event_handler(Parcel, group=GROUP, once=HOUR, breaker=None)
+    async def deliver(_: Parcel, delivery: Delivery[Parcel]) -> None:
+        delivery.effects.sadd("written", "x")
+        delivery.effects.incrby("words")
+
+    async with Bus.connect(valkey_url) as bus:
+        await bus.redis.set("words", "many")
+        await bus.publish(Parcel(house="a"), event_id="one")
+        async with Worker(bus, [deliver]) as worker:
+            await worker.drained(20)
+        ((_, letter),) = await bus.redis.xrange(keys.dead(STREAM, GROUP))
+        assert letter[b"deadapplied"] == b"SADD written"
+        assert b"done" not in (await marks(bus)).values()
+
+
+async def test_a_mark_of_another_type_is_waited_for_not_handled_twice(valkey_url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        told = Witness(bus)
+        mark = keys.once(STREAM, GROUP, "", "one")
+        await bus.redis.sadd(mark, "not a string")
+        await bus.publish(Parcel(house="a"), event_id="one")
+        async with Worker(bus, [delivering(ran)]) as worker:
+            await eventually(lambda: len(told.of("delivery.postponed")) >= 2)
+            assert ran == []
+            await bus.redis.delete(mark)
+            await worker.drained(20)
+    assert len(ran) == 1
