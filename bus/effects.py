@@ -17,7 +17,9 @@ This file is pure: it checks, and writes the commands down in the form the scrip
 
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
+
+import msgspec
 
 from bus.config import EFFECT_BYTES, EFFECT_VALUES, EFFECTS
 from bus.errors import EffectNotAllowed, EffectsClosed, InvalidEffect, NoReplyYet
@@ -39,7 +41,7 @@ from bus.reply import (
 Key: TypeAlias = str | bytes
 
 
-class Outgoing(NamedTuple):
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """An event that is ready to be appended, but for its stream.
 
     cls: of the event; says the topic. routed_by: key or event id, which decides the partition.
@@ -72,7 +74,7 @@ class Scope(Protocol):
         """
 
 
-class Command(NamedTuple):
+class Command(msgspec.Struct, array_like=True, gc=False):
     """One command as `commit.lua` takes it: the tests of its condition, and name, key, values."""
 
     tests: Sequence[int | str | bytes]
@@ -332,9 +334,10 @@ class Effects:
                 f"{name.lower()} takes {EFFECT_VALUES:,} values at a time, not {len(values):,}:"
                 " split them over several commands"
             )
-        key = key_of(key)
+        if key.__class__ is not str or not key.isascii():
+            key = key_of(key)
         tests = () if when is None else self._tests(when)
-        known = self.keys.get(key)
+        known = self.keys.get(key)  # type: ignore[arg-type]
         if known is None:
             self._admit(key)
             if kind:
@@ -354,8 +357,12 @@ class Effects:
             binary = True
             size = sum(map(len, command.args))
         if command.tests:
-            size += sum(8 if isinstance(t, int) else len(t) for t in command.tests)
-            binary = binary or any(isinstance(t, bytes) for t in command.tests)
+            values = command.tests[2::4] + command.tests[3::4]
+            try:
+                size += len("".join(values))  # type: ignore[arg-type]
+            except TypeError:
+                binary = True
+                size += sum(map(len, values))  # type: ignore[arg-type]
         if len(self.commands) >= EFFECTS or self.bytes + size > EFFECT_BYTES:
             raise InvalidEffect(
                 f"more than {EFFECTS:,} effects or {EFFECT_BYTES // 1024} KiB: they run in one"
@@ -405,6 +412,7 @@ class Effects:
     def close(self, why: str) -> None:
         """Take no more; `why` is what a later caller is told."""
         self._closed = why
+        self._cause = None  # they know each other, and must not wait for a garbage collection
 
     def answered(self, replies: list[tuple[bool, Any]]) -> None:
         """Note whether each command ran, and its reply."""

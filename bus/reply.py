@@ -6,7 +6,9 @@ Also how values become arguments of a command. Pure, like `effects.py`, whose ot
 import math
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias
+from typing import Any, NoReturn, Protocol, TypeAlias
+
+import msgspec
 
 from bus.errors import InvalidEffect, NoReplyYet
 
@@ -25,7 +27,7 @@ class Answers(Protocol):
         """Return whether command `number`, from 1, ran, and its reply. Errors: NoReplyYet."""
 
 
-class Condition(NamedTuple):
+class Condition(msgspec.Struct, eq=False, gc=False):
     """A test of a reply, made by the server; `a & b` holds when both do.
 
     tests: command, from 1; name of the test; its low and high value; and so on.
@@ -52,18 +54,15 @@ def _not_yet() -> NoReturn:
     )
 
 
-class Reply:
+class Reply(msgspec.Struct, eq=False, gc=False):
     """What the server will answer to one effect.
 
     Until then it can only be tested by the server, with `when=`; a test of a command that was
     itself skipped does not hold. After a transaction, `value` has it.
     """
 
-    __slots__ = ("_effects", "_index")
-
-    def __init__(self, effects: Answers, index: int) -> None:
-        self._effects = effects
-        self._index = index
+    _effects: Answers
+    _index: int
 
     def between(self, low: float, high: float) -> Condition:
         """Whether it is a number from `low` to `high`, both included."""
@@ -154,6 +153,8 @@ def checked_text(text: str) -> str:
 
 def value_of(value: object) -> Arg:
     """Return a value as an argument. Errors: InvalidEffect, NoReplyYet."""
+    if value.__class__ is str and value.isascii():  # type: ignore[attr-defined]
+        return value  # type: ignore[return-value]
     if isinstance(value, str):
         return checked_text(value)
     if isinstance(value, bytes):
@@ -169,6 +170,8 @@ def value_of(value: object) -> Arg:
 
 def whole_of(value: object) -> str:
     """Return a whole number of 64 bits. Errors: InvalidEffect, NoReplyYet."""
+    if value.__class__ is int and -_INT64 <= value < _INT64:  # type: ignore[operator]
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, int):
         if isinstance(value, Reply):
             _not_yet()
@@ -188,6 +191,8 @@ def number_of(value: object) -> str:
 
 
 def _bound(value: object) -> str:
+    if value.__class__ is int and -_EXACT <= value <= _EXACT:  # type: ignore[operator]
+        return str(value)
     if isinstance(value, float) and math.isinf(value):
         return "1e999" if value > 0 else "-1e999"
     if isinstance(value, int) and abs(value) > _EXACT:

@@ -11,6 +11,9 @@
     ledger.py      what was published, held against what became of it
     watch.py       looking at the groups while they work
     takeover.py    one worker is killed; what it had in hand is followed
+    accounts.py    what the messages came to, and the balances that are left
+    views.py       the views that the application keeps, and whether they are right
+    removal.py     what is left of a deleted dataset
     outcome.py     what the run came to, and the counts that have to agree
     report.py      the table
     progress.py    what one sees meanwhile

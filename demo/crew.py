@@ -86,6 +86,14 @@ class Crew:
         worker.process.send_signal(signal.SIGKILL)
         await worker.process.wait()
 
+    def freeze(self, worker: WorkerProcess) -> None:
+        """Let a worker stand still (SIGSTOP), so that one can look at it."""
+        _signal(worker, signal.SIGSTOP)
+
+    def thaw(self, worker: WorkerProcess) -> None:
+        """Let it go on."""
+        _signal(worker, signal.SIGCONT)
+
     def emitted(self, name: str) -> Iterator[dict[str, Any]]:
         """Yield what the workers, dead ones too, have logged under a name of the telemetry."""
         for log in self._logs:

@@ -5,6 +5,8 @@ import hashlib
 import sysconfig
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,31 @@ from handlers.services import (
     DatasetService,
     DocumentService,
     MessageService,
+    QuotaService,
 )
 
 APP_ID = "demo-app"
 DATASET_ID = "demo-dataset"
+ARCHIVE_ID = "demo-archive"  # the dataset that is deleted in the end
 CALLS_AT_A_TIME = 32
 
 UPDATE_EVERY = 25  # of the files, one in so many is changed after it was created...
 DELETE_EVERY = 50  # ...and one in so many deleted, many before they are even indexed
+ARCHIVE_EVERY = 8  # one in so many lies in the archive
+
+# What each user may use up. Nobody has granted the first one anything.
+SMALL, LARGE = 60, 1_000_000
+GRANTS = {f"user-{n}": SMALL if n % 3 == 0 else LARGE for n in range(1, 10)}
+USERS = ("user-0", *GRANTS)
+FEWEST_MESSAGES = 300  # while a worker is killed; more, until it is
 
 PACED_S = 1.5
 MESSAGES_PER_S = 200
 UPDATES_PER_S = 40
 
-INGEST, PACED = "ingest", "paced"
+SEARCHES_PER_S = 40
+
+SETUP, INGEST, MESSAGES, PACED, REMOVAL = "setup", "ingest", "messages", "paced", "removal"
 CREATES = ("document.created", "dataset.document_added")
 
 
@@ -64,7 +77,7 @@ class Files:
 def find_files(folder: str | None) -> Files:
     """Return the text files of a folder, or of the Python standard library without one.
 
-    Text is what is UTF-8, without NUL characters, and not above 4 MiB. Of the standard library it
+    Text is what is UTF-8, without NUL characters, and not above 1 MB. Of the standard library it
     is the sources and texts, tests included and installed packages not: about 1,900 files.
     Errors: NotADirectoryError; ValueError when there is none.
     """
@@ -77,7 +90,7 @@ def find_files(folder: str | None) -> Files:
         rule = "*.py and *.txt of the Python standard library, UTF-8, without installed packages"
     else:
         paths = list(_below(root, skip={"__pycache__", "node_modules"}))
-        rule = "every UTF-8 file up to 4 MiB; hidden ones, __pycache__ and node_modules left out"
+        rule = "every UTF-8 file up to 1 MB; hidden ones, __pycache__ and node_modules left out"
     texts = [path for path in paths if _is_text(path)]
     if not texts:
         raise ValueError(f"there is no text file in {root}")
@@ -120,6 +133,7 @@ class Ingest:
         self.datasets = DatasetService(bus)
         self.documents = DocumentService(bus)
         self.messages = MessageService(bus)
+        self.quotas = QuotaService(bus)
         self._turns = asyncio.Semaphore(CALLS_AT_A_TIME)
 
     async def publish(
@@ -141,28 +155,54 @@ class Ingest:
             phase, called_at_ms, types, receipts if isinstance(receipts, list) else [receipts]
         )
 
+    async def set_up(self) -> None:
+        """Create the app and its datasets, and grant the quotas."""
+        await self.publish(SETUP, ["app.created"], self.apps.create, APP_ID, "Demo")
+        create = self.datasets.create
+        for dataset_id, name in ((DATASET_ID, "Files"), (ARCHIVE_ID, "Archive")):
+            await self.publish(SETUP, ["dataset.created"], create, dataset_id, APP_ID, name)
+        for user_id, tokens in GRANTS.items():
+            await self.publish(SETUP, ["quota.granted"], self.quotas.grant, user_id, tokens)
+
     async def everything(self, files: Sequence[SourceFile]) -> None:
-        """Create the app, the dataset and a document of each file; change and delete some."""
-        await self.publish(INGEST, ["app.created"], self.apps.create, APP_ID, "Demo")
-        await self.publish(
-            INGEST, ["dataset.created"], self.datasets.create, DATASET_ID, APP_ID, "Files"
-        )
-        await _at_a_time(CALLS_AT_A_TIME, self._create, files)
+        """Create a document of each file; change and delete some."""
+        into_archive = set(archived(files))
+        create = partial(self._create, into_archive)
+        await _at_a_time(CALLS_AT_A_TIME, create, files)
         await _at_a_time(CALLS_AT_A_TIME, self._update, updated(files))
         await _at_a_time(CALLS_AT_A_TIME, self._delete, deleted(files))
 
-    async def paced(self, files: Sequence[SourceFile]) -> None:
-        """Publish at a steady rate, late answers or not, on a bus that has nothing else to do."""
+    async def many_messages(self, enough: asyncio.Event) -> None:
+        """Send messages as fast as they are taken, until it is enough; a few hundred at least."""
+        numbers = takewhile(lambda n: n < FEWEST_MESSAGES or not enough.is_set(), count())
+
+        async def send() -> None:
+            for number in numbers:
+                await self._message(MESSAGES, f"message-{number}", number)
+
+        async with asyncio.TaskGroup() as senders:
+            for _ in range(CALLS_AT_A_TIME):
+                senders.create_task(send())
+
+    async def remove_archive(self) -> None:
+        """Delete the archive; what is in it goes with it."""
+        await self.publish(REMOVAL, ["dataset.deleted"], self.datasets.delete, ARCHIVE_ID)
+
+    async def paced(self, files: Sequence[SourceFile], searches: Sequence[str]) -> None:
+        """Publish and search at a steady rate, late answers or not, with nothing else to do."""
         left = kept(files)
         async with asyncio.TaskGroup() as calls:
             for number in range(int(PACED_S * MESSAGES_PER_S)):
-                calls.create_task(self._message(number))
+                calls.create_task(self._paced_message(number))
             for number in range(int(PACED_S * UPDATES_PER_S)):
                 calls.create_task(self._touch(number, left[number % len(left)]))
+            for number in range(int(PACED_S * SEARCHES_PER_S)):
+                calls.create_task(self._search(number, searches[number % len(searches)]))
 
-    async def _create(self, file: SourceFile) -> None:
+    async def _create(self, into_archive: set[SourceFile], file: SourceFile) -> None:
         create, text = self.documents.create, file.text()
-        await self.publish(INGEST, CREATES, create, file.document_id, DATASET_ID, file.title, text)
+        dataset_id = ARCHIVE_ID if file in into_archive else DATASET_ID
+        await self.publish(INGEST, CREATES, create, file.document_id, dataset_id, file.title, text)
 
     async def _update(self, file: SourceFile) -> None:
         update, text = self.documents.update, file.text() + b"\nsecond edition\n"
@@ -172,10 +212,18 @@ class Ingest:
         delete = self.documents.delete
         await self.publish(INGEST, ["document.deleted"], delete, file.document_id)
 
-    async def _message(self, number: int) -> None:
+    async def _paced_message(self, number: int) -> None:
         await asyncio.sleep(number / MESSAGES_PER_S)
-        message = (f"message-{number}", f"user-{number % 10}", APP_ID, "What is an event loop?")
-        await self.publish(PACED, ["message.created"], self.messages.create, *message)
+        await self._message(PACED, f"paced-{number}", number)
+
+    async def _message(self, phase: str, message_id: str, number: int) -> None:
+        text = "What is an event loop? " * (1 + number % 7)
+        message = (message_id, USERS[number % len(USERS)], APP_ID, text)
+        await self.publish(phase, ["message.created"], self.messages.create, *message)
+
+    async def _search(self, number: int, words: str) -> None:
+        await asyncio.sleep(number / SEARCHES_PER_S)
+        await self.datasets.search(DATASET_ID, words)
 
     async def _touch(self, number: int, file: SourceFile) -> None:
         await asyncio.sleep(number / UPDATES_PER_S)
@@ -189,18 +237,23 @@ def updated(files: Sequence[SourceFile]) -> Sequence[SourceFile]:
 
 
 def deleted(files: Sequence[SourceFile]) -> Sequence[SourceFile]:
-    """Return the files whose documents are deleted in the end."""
+    """Return the files whose documents their users delete."""
     return files[1::DELETE_EVERY]
+
+
+def archived(files: Sequence[SourceFile]) -> Sequence[SourceFile]:
+    """Return the files whose documents lie in the archive."""
+    return files[2::ARCHIVE_EVERY]
 
 
 def kept(files: Sequence[SourceFile]) -> list[SourceFile]:
     """Return the files whose documents are there in the end; at least the first."""
-    gone = set(deleted(files))
+    gone = {*deleted(files), *archived(files)}
     return [file for file in files if file not in gone]
 
 
 async def _at_a_time(
-    count: int, call: Callable[[SourceFile], Awaitable[None]], files: Iterable[SourceFile]
+    takers: int, call: Callable[[SourceFile], Awaitable[None]], files: Iterable[SourceFile]
 ) -> None:
     rest = iter(files)
 
@@ -208,6 +261,6 @@ async def _at_a_time(
         for file in rest:
             await call(file)
 
-    async with asyncio.TaskGroup() as takers:
-        for _ in range(count):
-            takers.create_task(take())
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(takers):
+            tasks.create_task(take())

@@ -5,6 +5,7 @@ it: the record that the workers keep (records.py) and the dead letters. Everythi
 Redis by plain commands, past the code under test.
 """
 
+import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from bus import Handler, Receipt
 from bus.streams import keys
 from demo import records, workload
 
-GROUPS: tuple[Handler[...], ...] = (workload.index, workload.unindex, workload.audit)
+GROUPS: tuple[Handler[...], ...] = (
+    *(workload.index, workload.unindex, workload.charge),
+    *(workload.views, workload.clean, workload.audit),
+)
 PARTITIONS = {topic.name: topic.partitions for topic in (workload.documents,)}
 PAGE = 1_000
 
@@ -113,11 +117,22 @@ class GroupRecord:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An entry found in a stream; `event_id` and `type` are None where it has none."""
+    """An entry found in a stream; `event_id` and `type` are None where it has none.
+
+    by_handler: published while another event was handled. data: the encoded event.
+    """
 
     place: Place
     event_id: str | None
     type: str | None
+    by_handler: bool = False
+    data: bytes = b""
+
+    @property
+    def event(self) -> dict[str, Any]:
+        """The event's fields."""
+        found: dict[str, Any] = json.loads(self.data)
+        return found
 
 
 async def entries_of(redis: Any, stream: str) -> AsyncIterator[Entry]:
@@ -129,6 +144,8 @@ async def entries_of(redis: Any, stream: str) -> AsyncIterator[Entry]:
                 (stream, entry_id.decode()),
                 _text(fields.get(b"id")),
                 _text(fields.get(b"type")),
+                by_handler=b"causationid" in fields,
+                data=fields.get(b"data", b""),
             )
         start = "(" + page[-1][0].decode()
 

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from demo import poison
+from demo.accounts import Accounts, read_accounts
 from demo.crew import Crew
-from demo.ingest import DATASET_ID, SourceFile, deleted, kept
+from demo.ingest import DATASET_ID, SourceFile, archived, deleted, kept
 from demo.ledger import GROUPS, Book, Entry, GroupRecord, read_group, read_streams
+from demo.removal import Removal, read_removal
 from demo.takeover import Takeover
+from demo.views import Views
 from handlers.indexing import Hit, search
 from handlers.state import document_key, document_words_key
 
-BY_HANDLERS = ("document.indexed", "document.index_failed")
 HITS = 5
 
 
@@ -30,6 +32,9 @@ class Outcome:
     entries: list[Entry]
     groups: list[GroupRecord]
     takeover: Takeover
+    accounts: Accounts
+    removal: Removal
+    views: Views
     late_event_id: str
     statuses: Counter[str]
     expected_statuses: Counter[str]
@@ -44,12 +49,13 @@ async def read_outcome(
     files: Sequence[SourceFile],
     book: Book,
     takeover: Takeover,
+    views: Views,
     crew: Crew,
     searches: Iterable[str],
 ) -> Outcome:
     """Read the record, the streams and the documents; search."""
     entries = await read_streams(redis)
-    gone = [file.document_id for file in deleted(files)]
+    gone = [file.document_id for file in {*deleted(files), *archived(files)}]
     there = [file.document_id for file in kept(files)]
     failing = [*poison.NOT_UTF8, *poison.NEVER_UPLOADED]
     return Outcome(
@@ -57,6 +63,9 @@ async def read_outcome(
         entries=entries,
         groups=[await read_group(redis, handler, book, entries) for handler in GROUPS],
         takeover=takeover,
+        accounts=await read_accounts(redis, entries),
+        removal=await read_removal(redis, files, entries),
+        views=views,
         late_event_id=poison.late_event_id(book),
         statuses=await _statuses(redis, [*gone, *there, *failing, poison.UPLOADED_LATE]),
         expected_statuses=Counter(
@@ -106,8 +115,11 @@ def checks(outcome: Outcome) -> Iterator[Check]:
     yield Check(
         "entries in the streams, without what handlers published",
         len(book.entries) + len(book.raw),
-        sum(entry.type not in BY_HANDLERS for entry in outcome.entries),
+        sum(not entry.by_handler for entry in outcome.entries),
     )
+    by_handlers = [entry.event_id for entry in outcome.entries if entry.by_handler]
+    twice = len(by_handlers) - len(set(by_handlers))
+    yield Check("events that handlers published twice", 0, twice)
     for record in outcome.groups:
         yield from _group_checks(record, outcome)
     yield Check(
@@ -123,6 +135,7 @@ def checks(outcome: Outcome) -> Iterator[Check]:
     )
     yield Check("documents by status", outcome.expected_statuses, outcome.statuses)
     yield Check("deleted documents that can still be found", 0, outcome.findable)
+    yield from _state_checks(outcome)
     yield Check(
         "entries taken over from the killed worker",
         len(outcome.takeover.held),
@@ -132,6 +145,20 @@ def checks(outcome: Outcome) -> Iterator[Check]:
     yield Check(
         "searches without a hit", [], [words for words, hits in outcome.searches if not hits]
     )
+
+
+def _state_checks(outcome: Outcome) -> Iterator[Check]:
+    accounts, removal, views = outcome.accounts, outcome.removal, outcome.views
+    balances = accounts.expected_balances
+    yield Check("balances: granted minus the tokens of the messages", balances, accounts.balances)
+    yield Check("quota.exceeded, by user", accounts.expected_told, accounts.told)
+    charging = outcome.takeover.messages > 0
+    yield Check("the killed worker was charging messages", expected=True, found=charging)
+    yield Check("keys left of the deleted dataset", [], removal.left[:HITS])
+    once = {1} if removal.documents else set()
+    yield Check("document.deleted, per document of the deleted dataset", once, removal.times_told)
+    yield Check("searches that the cache answered wrongly", 0, views.wrong)
+    yield Check("the cache answered some searches", expected=True, found=views.hits > 0)
 
 
 def _group_checks(record: GroupRecord, outcome: Outcome) -> Iterator[Check]:

@@ -24,7 +24,8 @@ BY_HAND: tuple[dict[str, str], ...] = (
 
 
 # What has to be in the dead letters of each group in the end, by reason. `unindex` did not ask
-# for the type that the first two claim; the third claims none, so everybody has to answer for it.
+# for the type that the first two claim; the third claims none, so everybody who reads it has to
+# answer for it. `quota` and `cleanup` read other streams.
 DEAD_LETTERS = {
     "index": {
         "undecodable": len(BY_HAND),
@@ -32,6 +33,9 @@ DEAD_LETTERS = {
         "failed": len(NEVER_UPLOADED),
     },
     "unindex": {"undecodable": 1},
+    "quota": {},
+    "cache": {"undecodable": len(BY_HAND)},
+    "cleanup": {},
     "audit": {"undecodable": len(BY_HAND)},
 }
 

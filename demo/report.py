@@ -1,30 +1,33 @@
 """The table at the end."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from demo.ingest import CALLS_AT_A_TIME, INGEST, MESSAGES_PER_S, PACED, UPDATES_PER_S
-from demo.outcome import BY_HANDLERS, Outcome
+from demo.outcome import Outcome
 from demo.workload import VISIBILITY_S
 from handlers.indexing import Hit
 
 
 def table(outcome: Outcome) -> str:
     """Return the report as text."""
-    parts = (_published(outcome), _groups(outcome), _failures(outcome), _speed(outcome))
-    return "\n\n".join("\n".join(part) for part in (*parts, _searches(outcome.searches)))
+    parts = (
+        *(_published(outcome), _groups(outcome), _failures(outcome), _state(outcome)),
+        *(_speed(outcome), _searches(outcome.searches)),
+    )
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
 def _published(outcome: Outcome) -> Iterator[str]:
     book = outcome.book
-    by_handlers = [e.event_id for e in outcome.entries if e.type in BY_HANDLERS]
-    distinct = len(set(by_handlers))
+    by_handlers = Counter(e.type for e in outcome.entries if e.by_handler)
     yield "published"
     yield f"  through the services         {len(book.entries):>8,}   each with a receipt"
-    yield f"  by handlers                  {distinct:>8,}   document.indexed, .index_failed"
+    yield f"  by handlers                  {by_handlers.total():>8,}   each once:"
+    for type_, number in by_handlers.most_common():
+        yield f"    {type_ or '':<27}{number:>8,}"
     yield f"  undecodable, written by hand {len(book.raw):>8,}"
-    if twice := len(by_handlers) - distinct:
-        yield f"  published again, with the same event id, by handlers that ran again: {twice}"
 
 
 def _groups(outcome: Outcome) -> Iterator[str]:
@@ -49,8 +52,9 @@ def _failures(outcome: Outcome) -> Iterator[str]:
     yield "failures"
     yield (
         f"  worker {takeover.pid} killed (SIGKILL) with {len(takeover.held)} entries in hand,"
-        f" {cut_off} of them running"
+        f" {cut_off} of them running,"
     )
+    yield f"    {takeover.messages} of them messages to be charged"
     yield (
         f"  reclaimed after the kill: {takeover.reclaimed}, the last one {takeover.taken_s:.1f} s"
         f" after it; all were finished after {takeover.finished_s:.1f} s"
@@ -62,6 +66,28 @@ def _failures(outcome: Outcome) -> Iterator[str]:
             yield f"  dead letters of {record.group}: {reasons}"
     attempts = outcome.groups[0].failed.get(outcome.late_event_id, 0) + 1
     yield f"  the document whose text came late was indexed at attempt {attempts}"
+
+
+def _state(outcome: Outcome) -> Iterator[str]:
+    accounts, removal, views = outcome.accounts, outcome.removal, outcome.views
+    crossed = sorted(user for user, left in accounts.balances.items() if left < 0)
+    yield "state, changed by handlers once per event although a worker was killed"
+    yield (
+        f"  quotas: {accounts.messages:,} messages used {accounts.used.total():,} tokens of"
+        f" {len(accounts.balances)} users; every balance is what was granted minus what was used"
+        if accounts.balances == accounts.expected_balances
+        else f"  quotas: balances are {accounts.balances}, not {accounts.expected_balances}"
+    )
+    yield f"    quota.exceeded was told {accounts.told.total()} times, of {', '.join(crossed)}"
+    told = ", ".join(map(str, removal.times_told)) or "0"
+    yield (
+        f"  the deleted dataset: {removal.documents:,} documents, each told to be deleted"
+        f" {told} times; {len(removal.left)} keys are left of it"
+    )
+    yield (
+        f"  searches and lists: {views.hits:,} answered from the cache, {views.misses:,} computed;"
+        f" {views.wrong} wrong when all was quiet"
+    )
 
 
 def _speed(outcome: Outcome) -> Iterator[str]:

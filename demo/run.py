@@ -1,9 +1,10 @@
 """The order of events of the main job, from the server's start to the exit code.
 
-1. start the server and two workers; 2. ingest every file, with poison among it; 3. kill one
-worker when half of the documents are indexed, start another; 4. wait until nothing is left to do;
-5. publish at a steady pace, for latencies that mean something; 6. stop the workers, read the
-record, print the table, search; 7. exit 0 only if nothing is lost and every count agrees.
+1. start the server and two workers; 2. ingest every file, with poison among it; 3. when half of
+the documents are indexed, send messages and kill one worker while it charges them, start another;
+4. wait until nothing is left to do; 5. publish and search at a steady pace, for latencies that mean
+something; 6. delete a dataset and wait until what was in it has gone; 7. stop the workers, read the
+record, print the table, search; 8. exit 0 only if nothing is lost and every count agrees.
 """
 
 import asyncio
@@ -28,7 +29,8 @@ from demo.ledger import Book
 from demo.outcome import Outcome, checks, read_outcome
 from demo.progress import Progress
 from demo.report import table
-from demo.takeover import Takeover, kill_one
+from demo.takeover import Takeover, half_way, kill_one
+from demo.views import Views, look_at_views
 from demo.watch import backlog, take_snapshot, until
 from handlers.indexing import count_words
 
@@ -109,6 +111,7 @@ class Demo:
         self.files = files
         self.progress = Progress()
         self.book = Book()
+        self.views = Views()
         self._crew: Crew | None = None
 
     def kill_workers(self) -> None:
@@ -135,7 +138,9 @@ class Demo:
                     self.progress.clear()
                 await self._crew.stop()
                 outcome = await read_outcome(
-                    bus.redis, files, self.book, takeover, self._crew, self._searches()
+                    bus.redis,
+                    *(files, self.book, takeover, self.views),
+                    *(self._crew, self._searches()),
                 )
         return self._verdict(outcome)
 
@@ -162,17 +167,28 @@ class Demo:
             await crew.hire()
         await until(crew.all_ready)
         self.progress.say(f"{WORKERS} workers are ready; every file becomes a document")
+        await ingest.set_up()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(ingest.everything(files))
             tasks.create_task(poison.inject(bus.redis, ingest))
-            kill = kill_one(bus.redis, crew, len(files) // 2, self.progress.say)
-            takeover = tasks.create_task(kill)
+            takeover = tasks.create_task(self._kill_among_messages(bus, crew, ingest))
         await until(partial(_quiet, bus.redis))
-        self.progress.say("nothing is left to do; publishing at a steady pace")
-        await ingest.paced(files)
+        self.progress.say("nothing is left to do; publishing and searching at a steady pace")
+        await ingest.paced(files, self._searches())
+        await until(partial(_quiet, bus.redis))
+        self.views = await look_at_views(ingest, self._searches())
+        self.progress.say("deleting a dataset; what is in it goes with it")
+        await ingest.remove_archive()
         await until(partial(_quiet, bus.redis))
         self.progress.say("stopping the workers")
         return takeover.result()
+
+    async def _kill_among_messages(self, bus: Bus, crew: Crew, ingest: Ingest) -> Takeover:
+        await half_way(bus.redis, len(self.files.files) // 2)
+        killed = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(ingest.many_messages(killed))
+            return await kill_one(bus.redis, crew, self.progress.say, killed)
 
     async def _watch(self, redis: Any, crew: Crew) -> None:
         """Show the progress. Errors: WorkerGone, Stalled."""

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from demo import records
+from demo import records, workload
 from demo.crew import Crew
 from demo.ledger import Place
 from demo.watch import LOOK_AGAIN_S, held_by, still_pending, until
 
 Held = list[tuple[str, Place]]
+CHARGING = workload.charge.group
+IN_HAND = 3  # messages it is to die with
+LOOKS = 200  # some seconds; then it is killed with what it has
 
 
 @dataclass(slots=True)
@@ -31,15 +34,35 @@ class Takeover:
     finished_s: float = 0.0
     reclaimed: int = 0
 
+    @property
+    def messages(self) -> int:
+        """How many of them were messages to be charged."""
+        return sum(group == CHARGING for group, _ in self.held)
 
-async def kill_one(redis: Any, crew: Crew, handled: int, say: Callable[[str], None]) -> Takeover:
-    """Kill a worker once so many documents were handled, hire another, follow the entries."""
-    await until(partial(_handled, redis, handled))
+
+async def kill_one(
+    redis: Any, crew: Crew, say: Callable[[str], None], killed: asyncio.Event
+) -> Takeover:
+    """Kill a worker while it charges messages, hire another, follow the entries."""
     worker = crew.workers[0]
-    killed_s = time.monotonic()
-    await crew.kill(worker)
+    try:
+        for _ in range(LOOKS):
+            crew.freeze(worker)  # else it would be done with them by the time it dies
+            if len(await held_by(redis, worker.pid, [workload.charge])) >= IN_HAND:
+                break
+            crew.thaw(worker)
+            crew.check()
+            await asyncio.sleep(LOOK_AGAIN_S)
+        killed_s = time.monotonic()
+        await crew.kill(worker)
+    finally:
+        crew.thaw(worker)
+        killed.set()
     takeover = Takeover(worker.pid, await _settled_held_by(redis, worker.pid))
-    say(f"worker {worker.pid} killed (SIGKILL) with {len(takeover.held)} entries in hand")
+    say(
+        f"worker {worker.pid} killed (SIGKILL) with {len(takeover.held)} entries in hand,"
+        f" {takeover.messages} of them messages to be charged"
+    )
     await crew.hire()
     await until(partial(_let_go, redis, worker.pid))
     takeover.taken_s = time.monotonic() - killed_s
@@ -51,8 +74,13 @@ async def kill_one(redis: Any, crew: Crew, handled: int, say: Callable[[str], No
     return takeover
 
 
-async def _handled(redis: Any, count: int) -> bool:
-    return int(await redis.hlen(records.handled("index"))) >= count
+async def half_way(redis: Any, handled: int) -> None:
+    """Return when so many documents were handled."""
+
+    async def enough() -> bool:
+        return int(await redis.hlen(records.handled("index"))) >= handled
+
+    await until(enough)
 
 
 async def _let_go(redis: Any, pid: int) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bus import Handler
 from bus.streams import keys
 from demo import records
 from demo.ledger import GROUPS, Place, streams_of
@@ -76,10 +77,12 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-async def held_by(redis: Any, pid: int) -> list[tuple[str, Place]]:
+async def held_by(
+    redis: Any, pid: int, handlers: Iterable[Handler[...]] = GROUPS
+) -> list[tuple[str, Place]]:
     """Return what lies pending with the worker process `pid`: group and place of each entry."""
     held = []
-    for handler in GROUPS:
+    for handler in handlers:
         for stream in streams_of(handler):
             for consumer in await redis.xinfo_consumers(stream, handler.group):
                 if f"-{pid}-" in _text(consumer["name"]) and consumer["pending"]:

@@ -15,11 +15,17 @@ from typing import Any
 
 from bus import Backoff, Breaker, Bus, Delivery, Event, Handler, event_handler
 from demo import records
-from handlers import events, indexing
+from handlers import cache, cleanup, events, indexing, quota
 
 BACKOFF = Backoff(base_s=0.25, factor=2.0)  # five attempts in at most 3.75 s; the default takes 15
 BREAKER = Breaker(window_s=2.5, probe_s=1.25)  # a quarter of the default, as the waits are
 VISIBILITY_S = 5.0  # the default is 30; this is how long a killed worker's entries lie still
+
+# One command, as half of what a worker does here is to keep the record.
+RETURNED = """
+redis.call('HINCRBY', KEYS[1], ARGV[1], 1)
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+"""
 
 PARENT_LOOK_S = 0.2
 LAST_WORDS_S = 4.0
@@ -38,11 +44,8 @@ def recorded(handler: Handler[...]) -> Handler[...]:
         except Exception:
             await redis.hincrby(records.failed(group), event_id, 1)
             raise
-        returned_at_ms = records.now_ms()
-        pipeline = redis.pipeline(transaction=True)
-        pipeline.hincrby(records.finished(group), event_id, 1)
-        pipeline.hset(records.handled(group), event_id, returned_at_ms)
-        await pipeline.execute()
+        keys = records.finished(group), records.handled(group)
+        await redis.eval(RETURNED, 2, *keys, event_id, records.now_ms())
 
     return replace(
         handler,
@@ -57,10 +60,13 @@ def recorded(handler: Handler[...]) -> Handler[...]:
 documents = events.DOCUMENTS
 index = recorded(indexing.index_document)
 unindex = recorded(indexing.unindex_document)
+charge = recorded(quota.charge_message)
+views = recorded(cache.drop_stale_views)
+clean = recorded(cleanup.clean_up)
 
 
 @recorded
-@event_handler("app.*", "dataset.*", "document.*", "message.*", group="audit")
+@event_handler("app.*", "dataset.*", "document.*", "message.*", "quota.*", group="audit")
 async def audit(_event: Event) -> None:
     """Do nothing: the record is what is wanted, of every event and at once."""
 

@@ -137,8 +137,7 @@ def new_revision() -> str:
 
 async def read_document(redis: Redis, document_id: str) -> Document | None:
     """Return the document as it is now, None if there is none; a deleted one says so."""
-    [document] = await read_documents(redis, [document_id])
-    return document
+    return _document(document_id, await redis.hmget(document_key(document_id), _FIELDS))
 
 
 async def read_documents(redis: Redis, document_ids: Sequence[str]) -> list[Document | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,15 +11,22 @@ import time
 import uuid
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from redis.asyncio import Redis
 
+from bus import Registry
 from demo import outcome, poison, report, workload
+from demo.accounts import Accounts, read_accounts
 from demo.ingest import find_files
-from demo.ledger import Book, DeadLetter, Entry, GroupRecord, Published
-from demo.takeover import Takeover
+from demo.ledger import GROUPS, Book, DeadLetter, Entry, GroupRecord, Published
+from demo.removal import Removal
+from demo.takeover import CHARGING, Takeover
+from demo.views import Views
 from tests.servers import ask
 
 if TYPE_CHECKING:
@@ -134,6 +142,10 @@ def test_every_event_is_accounted_for_and_no_process_is_left(folder: Path) -> No
         "lost: 0",
         "reclaimed after the kill",
         "dead letters of index: 2 failed, 4 rejected, 3 undecodable",
+        "every balance is what was granted minus what was used",
+        "quota.exceeded was told 4 times, of user-0, user-3, user-6, user-9",
+        "the deleted dataset: 5 documents, each told to be deleted 1 times; 0 keys are left",
+        "0 wrong when all was quiet",
         "p99",
         "searches",
         "nothing is lost and every count agrees",
@@ -302,6 +314,16 @@ def test_runs_are_told_apart() -> None:
     assert (cut_off.retried, cut_off.cut_off) == (0, 1)
 
 
+NUMBERS = count(1)  # as several changes let one count be off
+ENTRY = Entry(PLACES[0], "e0", "document.deleted")
+ACCOUNTS = Accounts(
+    messages=2,
+    used=Counter({"user-0": 5, "user-1": 7}),
+    balances={"user-0": -5, "user-1": 1_000_000 - 7},
+    told=Counter({"user-0": 1}),
+)
+
+
 def _outcome(**changes: object) -> outcome.Outcome:
     event = Published(PLACES[0], "e0", "document.deleted", "ingest", 0.0)
     index = record(
@@ -315,9 +337,12 @@ def _outcome(**changes: object) -> outcome.Outcome:
     )
     values: dict[str, object] = {
         "book": Book(entries=[event]),
-        "entries": [Entry(PLACES[0], "e0", "document.deleted")],
+        "entries": [ENTRY],
         "groups": [index],
-        "takeover": Takeover(),
+        "takeover": Takeover(held=[(CHARGING, PLACES[0])], reclaimed=1),
+        "accounts": ACCOUNTS,
+        "removal": Removal(documents=1, told=Counter(d=1)),
+        "views": Views(hits=1),
         "late_event_id": "late",
         "statuses": Counter(indexed=1),
         "expected_statuses": Counter(indexed=1),
@@ -333,7 +358,17 @@ def _outcome(**changes: object) -> outcome.Outcome:
     ("changes", "what"),
     [
         ({"entries": []}, "entries in the streams"),
-        ({"takeover": Takeover(held=[("audit", PLACES[0])])}, "taken over"),
+        ({"takeover": Takeover(held=[(CHARGING, PLACES[0])])}, "taken over"),
+        ({"takeover": Takeover()}, "was charging messages"),
+        ({"entries": [ENTRY, *[replace(ENTRY, by_handler=True)] * 2]}, "published twice"),
+        ({"accounts": replace(ACCOUNTS, used=Counter({"user-0": 5, "user-1": 6}))}, "balances"),
+        ({"accounts": replace(ACCOUNTS, told=Counter())}, "quota.exceeded"),
+        ({"accounts": replace(ACCOUNTS, told=Counter({"user-0": 2}))}, "quota.exceeded"),
+        ({"removal": Removal(1, Counter(d=1), ["kb:document:d"])}, "keys left"),
+        ({"removal": Removal(1, Counter(d=2))}, "document.deleted"),
+        ({"removal": Removal(1, Counter(d=0))}, "document.deleted"),
+        ({"views": Views(hits=1, wrong=1)}, "answered wrongly"),
+        ({"views": Views()}, "the cache answered"),
         ({"statuses": Counter(indexed=1, new=1)}, "documents by status"),
         ({"findable": 1}, "deleted documents"),
         ({"retries_logged": Counter(index=3)}, "logged as retried"),
@@ -341,7 +376,7 @@ def _outcome(**changes: object) -> outcome.Outcome:
         ({"late_event_id": "never"}, "the text that came late"),
         ({"searches": [("words", [])]}, "searches"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: value if isinstance(value, str) else f"{next(NUMBERS)}",
 )
 def test_each_count_that_is_off_is_named(
     changes: dict[str, object], what: str, monkeypatch: pytest.MonkeyPatch
@@ -353,8 +388,28 @@ def test_each_count_that_is_off_is_named(
     assert what in off[0]
 
 
+async def test_what_was_used_is_read_from_the_entries(valkey_url: str) -> None:
+    def entry(type_: str, **fields: object) -> Entry:
+        return Entry(PLACES[0], "e", type_, data=json.dumps(fields).encode())
+
+    entries = [
+        entry("message.created", user_id="user-1", tokens=3),
+        entry("message.created", user_id="user-1", tokens=4),
+        entry("quota.exceeded", user_id="user-0"),
+        Entry(PLACES[0], None, "document.created", data=b"{"),
+    ]
+    async with Redis.from_url(valkey_url) as redis:
+        await redis.hset("kb:quota:user-1", "balance", 5)
+        accounts = await read_accounts(redis, entries)
+    assert (accounts.messages, accounts.used) == (2, Counter({"user-1": 7}))
+    assert accounts.told == Counter({"user-0": 1})
+    assert {user: n for user, n in accounts.balances.items() if n} == {"user-1": 5}
+
+
 def test_the_workload_is_the_application_with_shorter_waits() -> None:
-    for handler in (workload.index, workload.unindex, workload.audit):
+    registry = Registry.collect("handlers")
+    assert {h.group for h in GROUPS} == {"audit", *(h.group for h in registry.handlers)}
+    for handler in GROUPS:
         assert handler.takes_delivery
         assert handler.visibility_s == workload.VISIBILITY_S
         assert handler.backoff is workload.BACKOFF

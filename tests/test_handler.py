@@ -6,7 +6,6 @@ import functools
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -227,7 +226,6 @@ def test_bad_settings(setting, says):
 @pytest.mark.parametrize(
     "later",
     [
-        {"once": timedelta(days=1)},
         {"ordered": True},
         {"ordered": True, "batch": 10},
     ],

@@ -8,10 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from redis.asyncio import Redis
 
-from bus import Backoff, Bus, Event, RetryLater, Topic, Worker, event_handler
+from bus import (
+    Backoff,
+    Bus,
+    Delivery,
+    Event,
+    PermissionDenied,
+    RetryLater,
+    Topic,
+    Worker,
+    event_handler,
+)
 from bus.worker import reclaimer, supervisor
 from tests.servers import ask
+from tests.test_effects import CASES
 from tests.witness import Witness, eventually
 
 if TYPE_CHECKING:
@@ -100,6 +112,68 @@ async def test_a_worker_needs_no_more(url_of, monkeypatch) -> None:
             bus, [use], lease_s=0.5
         ) as worker:  # leaves, comes and names the unserved
             await worker.drained()
+
+
+def with_own_keys(server: EmbeddedServer, role: str, *more: str) -> None:
+    """Give a user the rights of effects, too, and keys that are not the bus's."""
+    rights = [*commands("effects"), *more]
+    ask(server, "ACL", "SETUSER", role, *[f"~{key}" for key in "khszl"], *dict.fromkeys(rights))
+
+
+async def test_transactions_need_no_more_and_no_keys_but_their_own(url_of, server, url) -> None:
+    publisher = url_of("publisher")
+    with_own_keys(server, "publisher")
+    async with Bus.connect(publisher, topics=[TOPIC]) as bus, Redis.from_url(url) as admin:
+        for before, collect, *_ in CASES.values():
+            await admin.delete(*"khszl")
+            for line in before:
+                await admin.execute_command(*line.split())
+            async with bus.transaction() as change:
+                collect(change)
+                change.publish(Used(n=1))
+
+
+async def test_a_worker_with_effects_needs_no_more(url_of, server, url) -> None:
+    @event_handler(Used, group="g", breaker=None)
+    async def use(event: Used, delivery: Delivery[Used]) -> None:
+        delivery.effects.hincrby("h", "f")
+        delivery.effects.publish(Used(n=2), when=delivery.effects.set("k", 1, nx=True).present())
+        if event.n == 1:
+            delivery.effects.hincrby("h", "text")
+
+    worker_url = url_of("worker")
+    with_own_keys(server, "worker")
+    ask(server, "HSET", "h", "text", "many")
+    async with Bus.connect(worker_url, topics=[TOPIC]) as bus:
+        witness = Witness(bus)
+        async with Worker(bus, [use]) as worker:
+            for n in range(100):
+                await bus.publish(Used(n=n))
+            await worker.drained()
+            await eventually(lambda: witness.of("delivery.dead_lettered"))
+        assert "NOPERM" not in str(witness.seen)
+        assert ask(server, "HGET", "h", "f") == b"$3\r\n101\r\n"
+
+
+@pytest.mark.parametrize("missing", ["-hincrby", "the key"])
+async def test_a_worker_whose_effects_are_forbidden_ends_and_changes_nothing(
+    url_of, server, missing
+) -> None:
+    @event_handler(Used, group="g")
+    async def use(event: Used, delivery: Delivery[Used]) -> None:
+        delivery.effects.hincrby("h" if missing == "-hincrby" else "not mine", "f")
+
+    worker_url = url_of("worker")
+    with_own_keys(server, "worker", *([missing] if missing == "-hincrby" else []))
+    async with Bus.connect(worker_url) as bus:
+        worker = Worker(bus, [use])
+        await worker.start()
+        await bus.publish(Used(n=1))
+        with pytest.raises(PermissionDenied, match=r"docs/wire\.md"):
+            await worker.drained()
+        await worker.stop()
+    assert ask(server, "XLEN", "bus:{right:0}:dead:g") == b":0\r\n"
+    assert b":1\r\n" in ask(server, "XPENDING", "bus:{right:0}", "g")
 
 
 @pytest.mark.parametrize("role", ["history", "backlog"])

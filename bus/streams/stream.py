@@ -297,9 +297,9 @@ class StreamStore:
         for _, flat in rows:
             row = dict(zip(flat[::2], flat[1::2], strict=True))
             if row.get(b"deadreason") == b"effects-failed":
-                error = row[b"deaderror"].partition(b": ")[2]
+                error = row.get(b"deaderror", b"").partition(b": ")[2]
                 fate = _committed([Fate.FAILED, error, row.get(b"deadapplied")])
-                found[row[b"deadentry"], row[b"deadattempts"]] = fate
+                found[row.get(b"deadentry", b""), row.get(b"deadattempts", b"")] = fate
         return found
 
     async def renew(self, stream: str, group: str, consumer: str, ids: Sequence[bytes]) -> Renewed:

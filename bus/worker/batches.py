@@ -20,6 +20,7 @@ from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Verdict
 from bus.handler import Handler
 from bus.worker.consumer import Consumer
 from bus.worker.executor import BatchEnd, Slot, absorb_cancellation
+from bus.worker.hand import chunks
 
 _EARLY_S = 0.0005  # uvloop's timers count whole milliseconds
 
@@ -179,8 +180,8 @@ class BatchConsumer(Consumer):
             await self._handle_other(slot, delivery, now)
         elif len(taken) == 1:
             await self._handle(slot, delivery, now)
-        else:
-            await self._call(slot, taken, now)
+        elif admitted := await self._admitted(slot, taken):
+            await self._call(slot, admitted, now)
 
     async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> Verdict | None:
         """Handle and settle a batch of one; return as any consumer does."""
@@ -188,8 +189,24 @@ class BatchConsumer(Consumer):
         if verdict is not None:
             await self._settle(slot, delivery, verdict)
             return None
+        if not await self._admitted(slot, [delivery]):
+            return None
         end = await self._call(slot, [delivery], now)
         return end.succeeded[0][1] if end.succeeded else end.verdict_on(delivery)
+
+    async def _admitted(
+        self, slot: Slot, batch: Sequence[Delivery[Any]]
+    ) -> Sequence[Delivery[Any]]:
+        """Return those that may be handled now; with `once=` each is asked for, see `once.py`."""
+        if self._once is None:
+            return batch
+        verdicts: list[Verdict | None] = []
+        for part in chunks([*batch]):
+            verdicts += await asyncio.gather(*map(self._once.admit, part))
+        for delivery, verdict in zip(batch, verdicts, strict=True):
+            if verdict is not None:
+                await self._settle(slot, delivery, verdict)
+        return [d for d, v in zip(batch, verdicts, strict=True) if v is None]
 
     async def _call(self, slot: Slot, batch: Sequence[Delivery[Any]], now: float) -> BatchEnd:
         slot.delivery = batch[0]

@@ -120,7 +120,7 @@ async def test_a_failure_whose_answer_is_lost_is_told_all_the_same(url):
         await redis.hset("by", "5", "many")
         await redis.hset("times", "5", "many")
         proxy.lose(digest(verbs._commit), 1)
-        with pytest.raises(Exception, match="HINCRBY times: .*stays: INCRBY total, HSETNX by"):
+        with pytest.raises(Exception, match=r"HINCRBY times: .*stays: INCRBY total, HSETNX by"):
             await buy(bus, 5)
         assert await redis.get("total") == b"1", "not tried again"
 
@@ -157,7 +157,7 @@ async def test_a_server_that_is_down_the_whole_time_means_nothing_was_done(
     async with Bus.connect(server.url, publish_timeout_s=SHORT_S) as bus:
         await buy(bus, 0)
         server.kill()
-        with pytest.raises(PublishError):  # noqa: PT011 - it may be in flight still
+        with pytest.raises(PublishError):  # it may be in flight still
             await buy(bus, 1)
         with pytest.raises(PublishTimeout, match="nothing of it was done") as raised:
             await buy(bus, 2)
@@ -214,7 +214,7 @@ async def test_a_server_that_restarted_empty_begins_anew(
 
 
 async def refused(bus: Bus, n: int) -> PublishRefused:
-    """Buy in vain; its time may be up just while an attempt is on its way, and then it is unknown."""
+    """Buy in vain. Its time may be up just while an attempt is on its way: then it is unknown."""
     while True:
         with pytest.raises((PublishRefused, PublishUnknown)) as raised:
             await buy(bus, n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -229,3 +230,31 @@ async def test_effects_take_place_for_those_that_were_handled_and_no_others(
             receipts[n].event_id: 1 for n in (0, 2, 3)
         }
         assert len(await backend.dead(STREAM, "sums")) == 1
+
+
+async def test_with_once_a_batch_has_each_event_once(backend: Backend) -> None:
+    """Also when both deliveries of it lie in one batch, or the first one comes alone."""
+    handled: list[tuple[int, str]] = []
+
+    @event_handler(
+        Made, group="once", batch=10, batch_wait_ms=30, backoff=SOON, once=timedelta(hours=1)
+    )
+    async def read(deliveries: Batch) -> None:
+        for delivery in deliveries:
+            if delivery.event.n == 3 and delivery.attempt == 1:
+                delivery.fail(ValueError("not yet"))
+            else:
+                handled.append((delivery.event.n, delivery.event.text))
+
+    async with backend.bus() as (bus, witness), Worker(bus, [read]) as worker:
+        for n in range(5):
+            await bus.publish(Made(n=n, text="first"), event_id=f"e-{n}")
+        for n in range(2, 5):
+            await bus.publish(Made(n=n, text="again"), event_id=f"e-{n}")
+        await worker.drained()
+        assert sorted(n for n, _ in handled) == [0, 1, 2, 3, 4]
+        await bus.publish(Made(n=0, text="late"), event_id="e-0")
+        await worker.drained()
+        assert len(handled) == 5
+        assert len(witness.of("delivery.duplicate")) == 4
+        assert await backend.dead(STREAM, "once") == []

@@ -334,15 +334,15 @@ async def test_deleted_documents_before_it_do_not_shorten_a_list_of_hits(
 async def test_a_source_file_of_100_kilobytes_is_indexed_in_well_under_50_ms(
     documents: DocumentService, bus: Any, redis: Any
 ) -> None:
-    """A file of that size has about 1,200 different words; the bound is twice what is allowed."""
+    """A file of that size has about 1,200 different words. Counted is what it holds others up."""
     words = [f"{stem}{n}" for n in range(400) for stem in ("read", "write", "close")]
     text = " ".join(words * 13).encode()
     assert len(text) > 100_000
     await documents.create("d", DATASET, "t", text)
     took_ms = []
     for _ in range(5):
-        began_s = time.perf_counter()
+        began_s = time.process_time()
         await handle(created(), bus)
-        took_ms.append((time.perf_counter() - began_s) * 1000)
-    assert min(took_ms) < 100, took_ms
+        took_ms.append((time.process_time() - began_s) * 1000)
+    assert min(took_ms) < 50, took_ms
     assert len((await index_of(redis))["d"]) == 1200

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
@@ -675,6 +677,191 @@ async def test_a_full_server_takes_nothing_and_remembers_nothing(private_server,
         await redis.config_set("maxmemory", "0")
         assert not await redis.exists(MEMORY)
         assert (await append(lab, 1, ["a", "b"]))[1:] == [2, 1, 0]
+
+
+# --- commit
+
+DEAD = STREAM + ":dead:" + GROUP
+FAR = (100, 10, 100_000, "")  # keep, slack, most, drop
+
+
+def unit(
+    entry_id: bytes | str,
+    *commands: list[str],
+    types: tuple[str, ...] = (),
+    appends: dict[str, int] | None = None,
+    attempt: int = 1,
+) -> list[Any]:
+    """One delivery; commands without conditions."""
+    name = entry_id.decode() if isinstance(entry_id, bytes) else entry_id
+    return [name, attempt, name, list(types), appends or {}, [[[], c] for c in commands]]
+
+
+async def commit(
+    lab: Lab,
+    *units: list[Any],
+    owner: str = "me",
+    group: str = GROUP,
+    keys: tuple[str, ...] = (STREAM, DEAD),
+    room: tuple[Any, ...] = FAR,
+) -> Any:
+    """Commit units; streams that they append to have that room."""
+    appends: Counter[str] = Counter()
+    for each in units:
+        appends.update(each[4])
+    streams = [[s, s + ":overrun", n, *room] for s, n in appends.items()]
+    packed = msgspec.msgpack.encode([streams, units])
+    answers, _, appended = await lab.run("commit", group, owner, 60, packed, keys=keys)
+    assert sum(appended[1::2]) <= sum(appends.values())
+    return answers
+
+
+async def test_effects_are_applied_with_the_ack_of_what_is_mine_alone(lab):
+    mine, others = await lab.read("me", 2), await lab.read("you", 1)
+    units = [unit(i, ["INCRBY", "k", "1"]) for i in (mine[0], others[0], "9-9", mine[1])]
+    assert await commit(lab, *units) == [1, 0, 0, 1]
+    assert await lab.redis.get("k") == b"2"
+    assert set(await lab.pending()) == {others[0]}
+    assert await commit(lab, *units) == [0, 0, 0, 0]
+    assert await lab.redis.get("k") == b"2"
+
+
+async def test_one_delivery_told_twice_is_committed_once(lab):
+    (mine,) = await lab.read("me", 1)
+    assert await commit(lab, *[unit(mine, ["INCRBY", "k", "1"])] * 2) == [1, 0]
+    assert await lab.redis.get("k") == b"1"
+
+
+async def test_without_a_group_nothing_is_applied(lab):
+    await lab.redis.xgroup_destroy(STREAM, GROUP)
+    with pytest.raises(ResponseError, match="NOGROUP"):
+        await commit(lab, unit("1-1", ["INCRBY", "k", "1"]))
+    assert not await lab.redis.exists("k")
+
+
+async def test_types_are_looked_at_before_the_first_write(lab):
+    mine = await lab.read("me", 2)
+    await lab.redis.lpush("list", "a")
+    first = unit(mine[0], ["SET", "k", "1"], ["INCRBY", "list", "1"], types=("list", "string"))
+    second = unit(mine[1], ["SET", "l", "1"], types=("list", "list", "none such", "hash"))
+    answers = await commit(lab, first, second)
+    assert answers == [[3, b"WRONGTYPE list is a list, not a string", b""], 1]
+    assert (await lab.redis.exists("k"), await lab.redis.exists("l")) == (0, 1)
+    ((_, letter),) = await lab.redis.xrange(DEAD)
+    assert (letter[b"deadentry"], letter[b"deadapplied"], letter[b"n"]) == (mine[0], b"", b"0")
+
+
+async def test_a_command_that_fails_ends_its_delivery_and_no_other(lab):
+    mine = await lab.read("me", 2)
+    await lab.redis.set("text", "many")
+    steps = [["SET", "a", "1"], ["GET", "a"], ["INCRBY", "text", "1"], ["SET", "b", "1"]]
+    first, second = await commit(
+        lab, unit(mine[0], *steps, attempt=4), unit(mine[1], ["SET", "c", "1"])
+    )
+    assert first[0] == 3
+    assert first[1].startswith(b"INCRBY text: ")
+    assert (first[2], second) == (b"SET a", 1)
+    assert await lab.redis.exists("a", "b", "c") == 2
+    assert await lab.pending() == {}
+    ((_, letter),) = await lab.redis.xrange(DEAD)
+    assert (letter[b"deadattempts"], letter[b"deadapplied"]) == (b"4", b"SET a")
+
+
+async def test_where_dead_letters_cannot_go_nothing_is_applied(lab):
+    (mine,) = await lab.read("me", 1)
+    await lab.redis.set(DEAD, "a string")
+    with pytest.raises(ResponseError, match=r"WRONGTYPE bus:\{lab:0\}:dead:g is a string"):
+        await commit(lab, unit(mine, ["INCRBY", "k", "1"]))
+    assert not await lab.redis.exists("k")
+    assert set(await lab.pending()) == {mine}
+
+
+async def test_a_wide_entry_becomes_a_dead_letter_in_one_field(lab):
+    flat = [str(n) for n in range(2_002)]
+    await lab.redis.execute_command("XADD", STREAM, "*", *flat)
+    ((_, ((mine, _),)),) = await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"})
+    await lab.redis.set("text", "many")
+    await commit(lab, unit(mine, ["INCRBY", "text", "1"]))
+    ((_, letter),) = await lab.redis.xrange(DEAD)
+    assert msgspec.msgpack.decode(letter[b"deadfields"]) == flat
+
+
+@pytest.mark.parametrize("events", [(3, 2), (3, 3), (6, 1)])
+async def test_a_delivery_fits_with_all_its_events_or_waits(lab, events):
+    """Two streams, five entries of room in each."""
+    mine = await lab.read("me", len(events))
+    other = "bus:{lab:1}"
+    await lab.redis.xgroup_create(other, "pins", "0", mkstream=True)
+    units = [
+        unit(i, *[["XADD", other, "*", "n", "1"]] * n, ["INCRBY", "k", "1"], appends={other: n})
+        for i, n in zip(mine, events, strict=True)
+    ]
+    answers = await commit(lab, *units, room=(1, 1, 5, ""))
+    fits = {(3, 2): [True, True], (3, 3): [True, False], (6, 1): [False, True]}[events]
+    assert [a == 1 for a in answers] == fits
+    assert [a[:2] for a in answers if a != 1] == [[2, other.encode()]] * fits.count(False)
+    taken = sum(n for n, fit in zip(events, fits, strict=True) if fit)
+    assert await lab.redis.xlen(other) == taken
+    assert await lab.redis.get("k") == b"%d" % sum(fits)
+    assert len(await lab.pending()) == fits.count(False)
+
+
+async def test_a_full_server_applies_nothing_at_all(private_server, server_kind):
+    """Even where the first of a batch reads alone."""
+    async with Redis.from_url(private_server(server_kind).url, protocol=2) as redis:
+        lab = Lab(redis, keeps_ghosts=False)
+        await redis.xgroup_create(STREAM, GROUP, "0", mkstream=True)
+        mine = await lab.read("me", 2)
+        units = [unit(mine[0], ["GET", "k"]), unit(mine[1], ["INCRBY", "k", "1"])]
+        await redis.config_set("maxmemory", "1")
+        with pytest.raises(ResponseError, match="maxmemory"):
+            await commit(lab, *units)
+        await redis.config_set("maxmemory", "0")
+        assert (await redis.exists("k"), set(await lab.pending())) == (0, set(mine))
+        assert await commit(lab, *units) == [1, 1]
+
+
+TX = "bus:tx:p:0"
+
+
+async def transact(lab: Lab, sequence: int, *commands: list[str], room: Any = FAR) -> Any:
+    appends = Counter(c[1] for c in commands if c[0] == "XADD")
+    whole = unit("", *commands, appends=dict(appends))
+    (answer,) = await commit(lab, whole, owner=str(sequence), group="", keys=(TX,), room=room)
+    return answer
+
+
+async def test_a_transaction_is_applied_once_and_its_replies_are_remembered(lab):
+    steps = [["SET", "k", "v"], ["GET", "k"], ["GET", "none"], ["XADD", STREAM, "*", "n", "1"]]
+    once = await transact(lab, 1, *steps, ["INCRBY", "i", "9007199254740993"])
+    assert once[:2] == [1, [1, 1, 1, 1, 2]]
+    assert once[2][:3] == [b"OK", b"v", None]
+    assert once[2][4] == b"9007199254740993"
+    assert await transact(lab, 1, *steps, ["INCRBY", "i", "9007199254740993"]) == once
+    assert await transact(lab, 1, ["SET", "other", "words"]) == once  # the number is what counts
+    assert (await lab.redis.xlen(STREAM), await lab.redis.exists("other")) == (1, 0)
+    assert 0 < await lab.redis.ttl(TX) <= 60
+
+
+async def test_an_older_transaction_is_refused_and_a_later_one_taken(lab):
+    await transact(lab, 9, ["INCRBY", "k", "1"])
+    with pytest.raises(ResponseError, match="STALE transaction 8, the last one was 9"):
+        await transact(lab, 8, ["INCRBY", "k", "1"])
+    assert await transact(lab, 10, ["INCRBY", "k", "1"]) == [1, [1], [2]]
+
+
+async def test_a_failure_is_remembered_and_a_lack_of_room_is_not(lab):
+    await lab.redis.set("text", "many")
+    failed = await transact(lab, 1, ["SET", "a", "1"], ["INCRBY", "text", "1"])
+    assert failed[0] == 3
+    assert failed[2] == b"SET a"
+    await lab.redis.set("text", "1")
+    assert await transact(lab, 1, ["SET", "a", "1"], ["INCRBY", "text", "1"]) == failed
+    await lab.add(3)
+    full = await transact(lab, 2, ["XADD", STREAM, "*", "n", "1"], room=(1, 1, 3, ""))
+    assert full == [2, STREAM.encode(), [GROUP.encode(), b"0-1", 0, *full[2][3:]]]
+    again = await transact(lab, 2, ["XADD", STREAM, "*", "n", "1"], room=(1, 1, 4, ""))
+    assert again[0] == 1
 
 
 # --- record_topic

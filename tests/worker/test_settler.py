@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Backoff, Bus, Reject, Worker, event_handler
-from bus.delivery import HAND_BACK, DeadLetter, Delivery, Failure, Origin, Park
+from bus import Backoff, Bus, EffectsClosed, Reject, Worker, event_handler
+from bus.delivery import COMMIT, HAND_BACK, DeadLetter, Delivery, Failure, Origin, Park
 from bus.streams.answers import Buried
 from bus.streams.codec import envelope_of
 from bus.streams.connection import ConnectionLost
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from bus.worker import settler as settler_module
 from bus.worker.hand import Hand
 from bus.worker.settler import Settler, _delay_and_count, portions
 from tests.witness import Witness, eventually
@@ -22,6 +23,7 @@ from tests.worker.events import STREAM, Asked
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from bus import Effects
     from tests.guarantees.backend import Backend
 
 
@@ -281,3 +283,39 @@ def test_dead_letters_are_sent_by_number_and_by_size(
     cut = list(portions(letters, most))
     assert [len(portion) for portion in cut] == calls
     assert [letter for portion in cut for letter in portion] == letters
+
+
+@pytest.mark.parametrize("end", ["returned", "failed", "rejected"])
+async def test_whatever_the_verdict_nothing_is_collected_after_it(
+    bus: Bus, backend: Backend, end: str
+) -> None:
+    """Effects that nobody would ever apply must not be taken in silence."""
+    held: list[Effects] = []
+
+    @event_handler(Asked, group="g", max_attempts=1, breaker=None)
+    async def read(event: Asked, delivery: Delivery[Asked]) -> None:
+        held.append(delivery.effects)
+        if end == "failed":
+            raise ValueError
+        if end == "rejected":
+            raise Reject("no")
+
+    async with Worker(bus, [read]) as worker:
+        await bus.publish(Asked(n=1))
+        await worker.drained()
+        with pytest.raises(EffectsClosed, match="the handler has returned"):
+            held[0].incrby("late")
+    assert not await backend.redis.exists("late")
+
+
+async def test_effects_that_wait_count_as_verdicts_that_hold_up_reading(
+    bus: Bus, backend: Backend
+) -> None:
+    hand = Hand("g", STREAM, STREAM, None, envelope_of)  # type: ignore[arg-type]
+    settler = Settler(
+        bus.store, "me", {STREAM: hand}, Telemetry(), lambda *_: None, lambda: None, None
+    )  # type: ignore[arg-type]
+    for n in range(settler_module.BEHIND + 1):
+        assert not settler.is_behind
+        settler.settle(hand, Delivery(hand, b"%d-1" % n, [], 1, 0.0), COMMIT)
+    assert settler.is_behind
