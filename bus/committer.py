@@ -13,7 +13,7 @@ import msgspec
 
 from bus.config import REPLY_TIMEOUT_S
 from bus.delivery import Delivery
-from bus.effects import Command, Effects, Outgoing
+from bus.effects import Effects, Outgoing
 from bus.errors import DeclarationError, InvalidEffect, InvalidEvent
 from bus.event import Event
 from bus.publisher import Publisher
@@ -78,28 +78,14 @@ class Sheet:
     """What one call of the script is told: the effects of deliveries, or of a transaction.
 
     keys: all that are touched, the bus's own among them. streams: those appended to, each with the
-    number of events, its limits, and whether one waits for room there. units: see `commit.lua`.
-    binaries: values that are no UTF-8, which go beside.
+    number of events, its limits, and whether one waits for room there. units: see `commit.lua`,
+    packed. binaries: values that are no UTF-8, which go beside.
     """
 
     keys: dict[str, None] = field(default_factory=dict)
     streams: dict[str, tuple[int, Limits, bool]] = field(default_factory=dict)
-    units: list[list[Any]] = field(default_factory=list)
+    units: list[bytes] = field(default_factory=list)
     binaries: list[bytes] = field(default_factory=list)
-
-    def without_binaries(self, command: int, full: Command, aside: list[int]) -> Command:
-        """Return a command without its binaries; `aside` gets the places of these, from 1.
-
-        The places of those in its tests are negative.
-        """
-        tests, args = list(full.tests), list(full.args)
-        for values, sign in ((tests, -1), (args, 1)):
-            for place, value in enumerate(values, 1):
-                if isinstance(value, bytes):
-                    self.binaries.append(value)
-                    aside += (command + 1, sign * place, len(self.binaries))
-                    values[place - 1] = ""
-        return Command(tests, args)
 
     def arguments(self) -> list[Arg]:
         """Return it as the script takes it: one packed argument, then the binaries."""
@@ -109,7 +95,18 @@ class Sheet:
             self.keys[stream] = self.keys[overrun] = None
             drop = "1" if limits.drop_oldest else ""
             streams.append((stream, overrun, events, limits.keep, limits.slack, limits.most, drop))
-        return [msgspec.msgpack.encode((streams, self.units)), *self.binaries]
+        return [_array([_pack(streams), _array(self.units)]), *self.binaries]
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_SHORT = 16  # arrays below this length have a head of one byte
+
+
+def _array(packed: Sequence[bytes]) -> bytes:
+    """Return the msgpack array of what is packed already."""
+    count = len(packed)
+    head = bytes((0x90 | count,)) if count < _SHORT else b"\xdd" + count.to_bytes(4, "big")
+    return head + b"".join(packed)
 
 
 def _check_fits(stream: str, events: int, limits: Limits) -> None:
@@ -148,46 +145,46 @@ class Committer:
 
     # --- writing down
 
-    async def write(
-        self,
-        sheet: Sheet,
-        effects: Effects,
-        entry: tuple[str, int, str],
-        deadline: float,
-        *,
-        inside: bool,
-    ) -> None:
-        """Write effects down on a sheet.
+    async def find_streams(self, effects: Effects, deadline: float) -> None:
+        """See to it that `write` knows where the events go, until loop time `deadline`.
 
-        entry: id, attempt, and id in its own stream. deadline: loop time until which the streams
-        of events are found out. Errors: InvalidEffect; InvalidEvent, more events than ever fit;
-        those of `publish`. Nothing is written then.
+        Errors: those of `publish`.
         """
+        for sent in effects.sent:
+            if not self._publisher.is_placed(sent.cls):
+                await self._publisher.find(sent.cls, deadline)
+
+    def write(
+        self, sheet: Sheet, effects: Effects, entry: tuple[str, int, str], *, inside: bool
+    ) -> list[str]:
+        """Write effects down on a sheet; return the streams of the events, in their order.
+
+        entry: id, attempt, and id in its own stream. Errors: InvalidEffect; InvalidEvent, more
+        events than ever fit. Nothing is written then.
+        """
+        places: list[int | str] = []
+        wanted: dict[str, tuple[int, Limits, bool]] = {}
+        for sent in effects.sent:
+            stream, limits, waits = self._publisher.place(sent, inside=inside)
+            effects.admit(stream)
+            places += (sent.command + 1, stream)
+            events = wanted[stream][0] + 1 if stream in wanted else 1
+            _check_fits(stream, events, limits)
+            wanted[stream] = events, limits, waits
+        for stream, (events, limits, waits) in wanted.items():
+            sheet.streams[stream] = sheet.streams.get(stream, (0,))[0] + events, limits, waits
+        aside: list[int] = []
+        for command, at, value in effects.binaries:
+            sheet.binaries.append(value)
+            aside += (command + 1, at, len(sheet.binaries))
         commands = effects.commands
-        appends: dict[str, int] = {}
-        found: list[tuple[str, Limits, bool]] = []
-        for command, sent in effects.outgoing:
-            place = await self._publisher.place(sent, deadline, inside=inside)
-            effects.admit(place[0])
-            commands[command].args[1] = place[0]
-            found.append(place)
-        for stream, limits, _ in found:
-            appends[stream] = appends.get(stream, 0) + 1
-            _check_fits(stream, appends[stream], limits)
-        for stream, limits, waits in found:
-            sheet.streams[stream] = sheet.streams.get(stream, (0,))[0] + 1, limits, waits
-        unit: list[Any] = [*entry, effects.types, appends, commands]
-        if effects.binary:
-            aside: list[int] = []
-            unit[-1] = list(commands)
-            for command in effects.binary:
-                unit[-1][command] = sheet.without_binaries(command, commands[command], aside)
-            unit.append(aside)
-        if effects.last is not None:
-            unit[5] = [*unit[5], effects.last]
-            sheet.keys[str(effects.last.args[1])] = None
-        sheet.units.append(unit)
+        if effects.last:
+            commands = [*commands, effects.last]
+            sheet.keys[effects.last_key] = None
+        head = _pack((*entry, effects.types, places, aside))
+        sheet.units.append(_array((head, _array(commands))))
         sheet.keys.update(dict.fromkeys(effects.keys))
+        return places[1::2]  # type: ignore[return-value]
 
     # --- with acks
 
@@ -202,10 +199,14 @@ class Committer:
         fates: list[Committed] = []
         sheet = Sheet()
         for delivery in deliveries:
-            entry_id = delivery.entry_id.decode()
-            entry = (entry_id, delivery.attempt, original_id(delivery).decode())
+            effects, entry_id = delivery.effects, delivery.entry_id.decode()
+            moved = delivery.origin.stream != delivery.origin.home
+            origin = original_id(delivery).decode() if moved else entry_id
+            entry = (entry_id, delivery.attempt, origin)
             try:
-                await self.write(sheet, delivery.effects, entry, deadline, inside=True)
+                if effects.sent:
+                    await self.find_streams(effects, deadline)
+                self.write(sheet, effects, entry, inside=True)
             except (InvalidEffect, InvalidEvent, DeclarationError) as error:
                 fates.append(Committed(Fate.INVALID, error=str(error)))
             else:

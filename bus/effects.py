@@ -45,14 +45,22 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """An event that is ready to be appended, but for its stream.
 
     cls: of the event; says the topic. routed_by: key or event id, which decides the partition.
-    fields: of the entry, names and values. bytes: their size.
+    fields: of the entry, names and values.
     """
 
     cls: type[Event]
     event_id: str
     routed_by: str
     fields: Sequence[Arg]
-    bytes: int
+
+
+class Sent(msgspec.Struct, frozen=True, gc=False):
+    """Which command, from 0, appends an event, and what decides the stream."""
+
+    command: int
+    cls: type[Event]
+    event_id: str
+    routed_by: str
 
 
 class Scope(Protocol):
@@ -74,11 +82,7 @@ class Scope(Protocol):
         """
 
 
-class Command(msgspec.Struct, array_like=True, gc=False):
-    """One command as `commit.lua` takes it: the tests of its condition, and name, key, values."""
-
-    tests: Sequence[int | str | bytes]
-    args: list[Arg]
+_pack = msgspec.msgpack.Encoder().encode
 
 
 class Effects:
@@ -95,12 +99,13 @@ class Effects:
         "_closed",
         "_replies",
         "_scope",
-        "binary",
+        "binaries",
         "bytes",
         "commands",
         "keys",
         "last",
-        "outgoing",
+        "last_key",
+        "sent",
         "types",
     )
 
@@ -109,19 +114,22 @@ class Effects:
         self._cause = cause
         self._closed = ""
         self._replies: list[tuple[bool, Any]] | None = None
-        self.commands: list[Command] = []
+        # Each packed at once, {tests, {name, key, ...}}: lists by the thousand, kept until they are
+        # sent, would have the garbage collector look at everything there is again and again.
+        self.commands: list[bytes] = []
         self.keys: dict[str, str] = {}  # key -> its type after the commands so far, "" if unknown
-        self.types: list[str] = []  # key, the type it must have before if it exists, ...
-        self.outgoing: list[tuple[int, Outgoing]] = []  # the place of a command, and its event
-        self.binary: list[int] = []  # the places of commands with values that are no UTF-8
+        self.types: tuple[str, ...] = ()  # key, the type it must have before if it exists, ...
+        self.sent: tuple[Sent, ...] = ()
+        self.binaries: tuple[tuple[int, int, bytes], ...] = ()  # command, place in it, value
         self.bytes = 0  # about
-        self.last: Command | None = None  # the bus's own, when all others have been applied
+        self.last = b""  # the bus's own command, when all others have been applied
+        self.last_key = ""
 
     @classmethod
     def none(cls, why: str) -> "Effects":
         """Return one that takes nothing; `why` is what a caller is told."""
         effects = cls.__new__(cls)
-        effects.commands, effects.last = [], None
+        effects.commands, effects.last = [], b""
         effects.close(why)
         return effects
 
@@ -129,10 +137,14 @@ class Effects:
         return len(self.commands)
 
     def __bool__(self) -> bool:
-        return bool(self.commands) or self.last is not None
+        return bool(self.commands or self.last)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self.commands)} commands>"
+
+    def finally_set(self, key: str, value: str, ttl_ms: int) -> None:
+        """Have the bus's own key set when all other effects have been applied."""
+        self.last_key, self.last = key, _pack(((), ("SET", key, value, "PX", str(ttl_ms))))
 
     def admit(self, stream: str) -> None:
         """Accept the stream of a published event. Errors: InvalidEffect, another slot."""
@@ -307,8 +319,9 @@ class Effects:
         tests = () if when is None else self._tests(when)
         sent = self._scope.outgoing(event, event_id, headers, self._cause)
         # The stream is found when it is sent: how many partitions a topic has, the server says.
-        reply = self._append(Command(tests, ["XADD", "", "*", *sent.fields]))
-        self.outgoing.append((len(self.commands) - 1, sent))
+        reply = self._append(tests, ["XADD", "", "*", *sent.fields])
+        place = len(self.commands) - 1
+        self.sent += (Sent(place, sent.cls, sent.event_id, sent.routed_by),)
         return reply
 
     # --- collecting
@@ -337,7 +350,7 @@ class Effects:
         if key.__class__ is not str or not key.isascii():
             key = key_of(key)
         tests = () if when is None else self._tests(when)
-        known = self.keys.get(key)  # type: ignore[arg-type]
+        known = self.keys.get(key)
         if known is None:
             self._admit(key)
             if kind:
@@ -347,31 +360,31 @@ class Effects:
             self._change_kind(name, key, known, kind)
         if leaves and when is None:
             self.keys[key] = leaves
-        return self._append(Command(tests, [name, key, *values]))
+        return self._append(tests, [name, key, *values])
 
-    def _append(self, command: Command) -> Reply:
-        binary = False
+    def _append(self, tests: Sequence[int | str | bytes], args: list[Arg]) -> Reply:
+        aside: tuple[tuple[int, int, bytes], ...] = ()
         try:
-            size = len("".join(command.args))  # type: ignore[arg-type] # counted, checked at once
+            "".join(args)  # type: ignore[arg-type] # the quickest way to see that all of it is text
+            if tests:
+                "".join(tests[2::4])  # type: ignore[arg-type] # only these can be anything else
         except TypeError:
-            binary = True
-            size = sum(map(len, command.args))
-        if command.tests:
-            values = command.tests[2::4] + command.tests[3::4]
-            try:
-                size += len("".join(values))  # type: ignore[arg-type]
-            except TypeError:
-                binary = True
-                size += sum(map(len, values))  # type: ignore[arg-type]
-        if len(self.commands) >= EFFECTS or self.bytes + size > EFFECT_BYTES:
+            aside = _binaries(args, len(self.commands), 1)
+            aside += _binaries(tests, len(self.commands), -1)
+            args = [a if isinstance(a, str) else "" for a in args]
+            tests = ["" if isinstance(t, bytes) else t for t in tests]
+        packed = _pack((tests, args))
+        size = self.bytes + len(packed)
+        if aside:
+            size += sum(len(value) for _, _, value in aside)
+        if len(self.commands) >= EFFECTS or size > EFFECT_BYTES:
             raise InvalidEffect(
                 f"more than {EFFECTS:,} effects or {EFFECT_BYTES // 1024} KiB: they run in one"
                 " script, during which the server does nothing else; do it in several steps"
             )
-        if binary:
-            self.binary.append(len(self.commands))
-        self.bytes += size
-        self.commands.append(command)
+        self.bytes = size
+        self.binaries += aside
+        self.commands.append(packed)
         return Reply(self, len(self.commands))
 
     def _admit(self, key: str) -> None:
@@ -428,5 +441,16 @@ class Effects:
         return self._replies[number - 1]
 
 
-_OTHERS = ("admit", "key", "close", "answered", "reply")
+def _binaries(
+    values: Sequence[int | str | bytes], command: int, sign: int
+) -> tuple[tuple[int, int, bytes], ...]:
+    """Return what is no UTF-8 and goes beside the packed command: command, place, value.
+
+    sign: -1 for the values of tests, whose places are counted below zero.
+    """
+    places = enumerate(values, 1)
+    return tuple((command, sign * at, value) for at, value in places if isinstance(value, bytes))
+
+
+_OTHERS = ("admit", "finally_set", "key", "close", "answered", "reply")
 _NAMES = [n for n, v in vars(Effects).items() if callable(v) and n[0] != "_" and n not in _OTHERS]

@@ -25,7 +25,7 @@ from tenacity import (
 from bus.causes import inherit
 from bus.config import UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import BatchCause, Delivery, current_delivery
-from bus.effects import Outgoing
+from bus.effects import Outgoing, Sent
 from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout
 from bus.event import Event, EventInfo, info_of
 from bus.reply import text_of
@@ -212,20 +212,24 @@ class Publisher:
         if not isinstance(event, Event):
             raise _no_event(event.__class__)
         info = info_of(event.__class__)
-        event_id, routed_by, fields, size = self._prepared(info, event, event_id, headers, cause)
+        event_id, routed_by, fields, _ = self._prepared(info, event, event_id, headers, cause)
         fields[5] = text_of(fields[5])  # type: ignore[arg-type] # the data
-        return Outgoing(info.cls, event_id, routed_by, fields, size)
+        return Outgoing(info.cls, event_id, routed_by, fields)
 
-    async def place(
-        self, sent: Outgoing, deadline: float, *, inside: bool
-    ) -> tuple[str, Limits, bool]:
+    def is_placed(self, cls: type[Event]) -> bool:
+        """Return whether `place` knows where events of a class go; else `find` has to ask."""
+        return self._fresh_route(cls) is not None
+
+    async def find(self, cls: type[Event], deadline: float) -> None:
+        """Ask where events of a class go, until loop time `deadline`. Errors: as `publish`."""
+        await self._route(cls, deadline)
+
+    def place(self, sent: Sent, *, inside: bool) -> tuple[str, Limits, bool]:
         """Return the stream of an event, how long it may grow, and whether one waits for room.
 
-        deadline: loop time until which the topic's record is asked for. Errors: as `publish`.
-
-        inside: for handlers, which may use the reserve.
+        inside: for handlers, which may use the reserve. Only after `find`.
         """
-        route = self._fresh_route(sent.cls) or await self._route(sent.cls, deadline)
+        route = self._routes[sent.cls]
         if inside:
             return route.stream_of(sent.routed_by), route.inside, False
         return route.stream_of(sent.routed_by), route.outside, route.record.on_full == "block"

@@ -153,8 +153,8 @@ def checked_text(text: str) -> str:
 
 def value_of(value: object) -> Arg:
     """Return a value as an argument. Errors: InvalidEffect, NoReplyYet."""
-    if value.__class__ is str and value.isascii():  # type: ignore[attr-defined]
-        return value  # type: ignore[return-value]
+    if value.__class__ is str and value.isascii():
+        return value
     if isinstance(value, str):
         return checked_text(value)
     if isinstance(value, bytes):
@@ -170,7 +170,7 @@ def value_of(value: object) -> Arg:
 
 def whole_of(value: object) -> str:
     """Return a whole number of 64 bits. Errors: InvalidEffect, NoReplyYet."""
-    if value.__class__ is int and -_INT64 <= value < _INT64:  # type: ignore[operator]
+    if value.__class__ is int and -_INT64 <= value < _INT64:
         return str(value)
     if isinstance(value, bool) or not isinstance(value, int):
         if isinstance(value, Reply):
@@ -191,7 +191,7 @@ def number_of(value: object) -> str:
 
 
 def _bound(value: object) -> str:
-    if value.__class__ is int and -_EXACT <= value <= _EXACT:  # type: ignore[operator]
+    if value.__class__ is int and -_EXACT <= value <= _EXACT:
         return str(value)
     if isinstance(value, float) and math.isinf(value):
         return "1e999" if value > 0 else "-1e999"

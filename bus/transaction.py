@@ -151,7 +151,8 @@ class Transactions:
         cause = current_delivery.get()
         inside = cause is not None and not cause.settled
         sheet = Sheet()
-        await self._committer.write(sheet, wanted, ("", 0, ""), deadline, inside=inside)
+        await self._committer.find_streams(wanted, deadline)
+        streams = self._committer.write(sheet, wanted, ("", 0, ""), inside=inside)
         tag = wanted.scope.slot_tag
         # Those outside handlers stand behind those who wait already.
         full = next(
@@ -170,12 +171,11 @@ class Transactions:
             stays = f"; what was applied before it stays: {', '.join(fate.applied)}"
             raise EffectsFailed(fate.error + (stays if fate.applied else ""), fate.applied)
         replies = list(fate.replies)
-        for command, sent in wanted.outgoing:
-            ran, reply = replies[command]
+        for sent, stream in zip(wanted.sent, streams, strict=True):
+            ran, reply = replies[sent.command]
             if ran:
-                stream = str(wanted.commands[command].args[1])
                 receipt = Receipt(sent.event_id, stream, reply.decode())
-                replies[command] = True, receipt
+                replies[sent.command] = True, receipt
                 wanted.receipts.append(receipt)
         wanted.answered(replies)
         self._telemetry.emit(

@@ -74,7 +74,7 @@ class Hit:
 
 
 async def mark_index_failed(dead: DeadLettered, bus: Bus) -> None:
-    """Tell the document's owner that indexing was given up, and why. Once, also if it runs twice.
+    """Tell the document's owner that indexing was given up, and why; once for each revision.
 
     When another delivery is still at it and succeeds, `document.indexed` follows.
     """
@@ -91,7 +91,7 @@ async def mark_index_failed(dead: DeadLettered, bus: Bus) -> None:
     key = document_key(document.document_id)
     async with bus.transaction() as change:
         # `new`: changed since, and the event that says so is on its way. `indexed`: another
-        # delivery succeeded with it.
+        # delivery succeeded with it. `index_failed`: a worker that died has told it.
         given_up = unchanged(change, document) & change.hget(key, "status").equals(Status.INDEXING)
         change.hset(key, {"status": Status.INDEX_FAILED, "error": error}, when=given_up)
         change.publish(
@@ -116,9 +116,8 @@ async def index_document(
         return
     key = document_key(document.document_id)
     async with bus.transaction() as change:
-        same, status = unchanged(change, document), change.hget(key, "status")
-        begun = {"status": Status.INDEXING, "error": ""}
-        change.hset(key, begun, when=same & status.differs(Status.INDEXED))
+        new = unchanged(change, document) & change.hget(key, "status").equals(Status.NEW)
+        change.hset(key, {"status": Status.INDEXING}, when=new)
     counts = count_words(await _text_of(bus.redis, document))
     # Also when it is indexed already: that is how an index is made again, by replaying the events.
     if not await _replace_postings(bus, document, counts):

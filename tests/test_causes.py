@@ -173,7 +173,7 @@ async def test_retries_of_the_links_change_neither_depth_nor_ids(backend):
 
     async def flaky(delivery: Any, event: Event) -> None:
         delivery.effects.publish(event)
-        ((_, sent),) = delivery.effects.outgoing
+        (sent,) = delivery.effects.sent
         times = tried.setdefault(delivery.event.n, [])
         times.append(sent.event_id)
         if (delivery.event.n, len(times)) in ((3, 1), (7, 2)):

@@ -6,6 +6,7 @@ import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -136,20 +137,21 @@ async def test_a_sheet_has_the_keys_and_the_room_of_all_it_tells(valkey_url):
             effects.incrby(f"k{n}")
             effects.set("blob", b"\xff", when=effects.get("was").equals(b"\xfe"))
             effects.publish(Filed(key="k"))
-            deadline = asyncio.get_running_loop().time() + 5
-            await bus.committer.write(sheet, effects, (f"{n}-0", 1, ""), deadline, inside=False)
+            await bus.committer.find_streams(effects, asyncio.get_running_loop().time() + 5)
+            bus.committer.write(sheet, effects, (f"{n}-0", 1, ""), inside=False)
         sheet.arguments()
     assert set(sheet.keys) == {"k0", "k1", "k2", "blob", "was", STREAM, f"{STREAM}:overrun"}
     assert {s: (events, waits) for s, (events, _, waits) in sheet.streams.items()} == {
         STREAM: (3, True)
     }
-    assert sheet.binaries == [b"\xfe", b"\xff"] * 3
-    assert [unit[6] for unit in sheet.units] == [
-        [3, -3, 1, 3, 3, 2],
-        [3, -3, 3, 3, 3, 4],
-        [3, -3, 5, 3, 3, 6],
+    assert sheet.binaries == [b"\xff", b"\xfe"] * 3
+    heads = [msgspec.msgpack.decode(unit)[0] for unit in sheet.units]
+    assert [head[5] for head in heads] == [
+        [3, 3, 1, 3, -3, 2],
+        [3, 3, 3, 3, -3, 4],
+        [3, 3, 5, 3, -3, 6],
     ]
-    assert [unit[4] for unit in sheet.units] == [{STREAM: 1}] * 3
+    assert [head[4] for head in heads] == [[4, STREAM]] * 3
 
 
 async def test_what_can_never_fit_leaves_nothing_on_the_sheet(valkey_url):
@@ -159,9 +161,9 @@ async def test_what_can_never_fit_leaves_nothing_on_the_sheet(valkey_url):
         effects.incrby("k")
         for _ in range(5):
             effects.publish(Filed(key="k"))
-        deadline = asyncio.get_running_loop().time() + 5
+        await bus.committer.find_streams(effects, asyncio.get_running_loop().time() + 5)
         with pytest.raises(InvalidEvent, match="room for 4"):
-            await bus.committer.write(sheet, effects, ("", 0, ""), deadline, inside=False)
+            bus.committer.write(sheet, effects, ("", 0, ""), inside=False)
     assert (sheet.units, sheet.keys, sheet.streams) == ([], {}, {})
 
 

@@ -16,9 +16,7 @@ from typing import Any
 
 from bus.config import ONCE_BUSY_PARK_S, ONCE_CLAIM_S
 from bus.delivery import ACK, Delivery, Park, Verdict
-from bus.effects import Command
 from bus.errors import BusError
-from bus.reply import Arg
 from bus.streams import keys
 from bus.streams.answers import Claim
 from bus.streams.codec import locate, run_of
@@ -54,8 +52,7 @@ class Once:
             return ACK
         if claim is Claim.BUSY:
             return Park(ONCE_BUSY_PARK_S, reason="another delivery of the same event is under way")
-        done: list[Arg] = ["SET", mark, "done", "PX", str(self._ttl_ms)]
-        delivery.effects.last = Command((), done)
+        delivery.effects.finally_set(mark, "done", self._ttl_ms)
         return None
 
 

@@ -477,7 +477,7 @@ async def test_events_are_published_once_in_order_and_with_their_cause(backend: 
         for n in range(3):
             effects.publish(Booked(key="k", n=n))
         effects.publish(Booked(key="k", n=3), event_id="mine", causation_id="other")
-        tried.append([sent.event_id for _, sent in effects.outgoing])
+        tried.append([sent.event_id for sent in effects.sent])
         if delivery.attempt < 3:
             raise ValueError("not yet")
 

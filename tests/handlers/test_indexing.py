@@ -209,9 +209,13 @@ async def test_a_dead_letter_tells_the_owner_once(
     await documents.create("d", DATASET, "t")
     with pytest.raises(TextMissing):
         await handle(created(), bus)
-    for _ in range(2):  # a crash may repeat it
+    for _ in range(2):  # a crash may repeat it...
         await indexing.mark_index_failed(dead(created()), bus)
     assert await status_of(redis) == (Status.INDEX_FAILED, FAILED.error)
+    with pytest.raises(TextMissing):  # ...and the last attempt, too
+        await handle(created(), bus)
+    assert await status_of(redis) == (Status.INDEX_FAILED, FAILED.error)
+    await indexing.mark_index_failed(dead(created()), bus)
     assert await published(bus, DocumentIndexFailed) == [FAILED]
     await documents.update("d", text=b"at last")
     assert await status_of(redis) == (Status.NEW, "")

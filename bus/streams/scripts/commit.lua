@@ -3,12 +3,13 @@
 -- ARGV  1 group, '' for a transaction  2 consumer, or the transaction's sequence
 --       3 seconds to remember a transaction
 --       4 msgpack: {streams, units}. streams: {{stream, key of its overrun counts, events, keep,
---         slack, most, drop}, ...}. A unit is a delivery, or the transaction: {entry id, attempt,
---         id the entry had in its stream, types, appends, commands, binaries or nothing}.
---         types: {key, type it must have if it exists, ...}. appends: stream -> events. commands:
---         {{tests, {name, key, ...}}, ...}. tests: {command, test, low, high, ...}
---         5.. values that are no UTF-8, which msgpack cannot carry to Lua; binaries of a unit:
---         {command, place in it or, below 0, in its tests, which of them, ...}
+--         slack, most, drop}, ...}. A unit is a delivery, or the transaction: {{entry id, attempt,
+--         id the entry had in its stream, types, places, binaries}, commands}.
+--         types: {key, type it must have if it exists, ...}. places: {command, stream to which it
+--         appends, ...}. commands: {{tests, {name, key, ...}}, ...}. tests: {command, test, low,
+--         high, ...}
+--         5.. values that are no UTF-8, which msgpack cannot carry to Lua; binaries: {command,
+--         place in it or, below 0, in its tests, which of them, ...}
 -- Returns {{answer per delivery}, {stream, who pins it, ghosts, dropped, ...}, {stream, events
 --         appended, ...}}. An answer is
 --         1 done; 0 not this worker's any more, or done before: nothing was done;
@@ -108,25 +109,29 @@ for _, row in ipairs(streams) do
   end
 end
 
--- full(appends) -> answer if there is no room for these events, else nil: then it is taken.
-local function full(appends)
-  for stream, events in pairs(appends) do
-    if events > room[stream] then return {2, stream, pins[stream] or {}} end
+-- full(places) -> answer if there is no room for these events, else nil: then it is taken.
+local function full(places)
+  for i = 2, #places, 2 do
+    local stream = places[i]
+    room[stream] = room[stream] - 1
+    if room[stream] < 0 then
+      for k = 2, i, 2 do room[places[k]] = room[places[k]] + 1 end
+      return {2, stream, pins[stream] or {}}
+    end
   end
-  for stream, events in pairs(appends) do room[stream] = room[stream] - events end
 end
 
--- mistyped(types, appends) -> what is wrong with the types of keys, else nil.
-local function mistyped(types, appends)
+-- mistyped(types, places) -> what is wrong with the types of keys, else nil.
+local function mistyped(types, places)
   for i = 1, #types, 2 do
     local kind = redis.call('TYPE', types[i])['ok']
     if kind ~= 'none' and kind ~= types[i + 1] then
       return 'WRONGTYPE ' .. types[i] .. ' is a ' .. kind .. ', not a ' .. types[i + 1]
     end
   end
-  for stream in pairs(appends) do
-    if broken[stream] then
-      return 'WRONGTYPE ' .. stream .. ' is a ' .. broken[stream] .. ', not a stream'
+  for i = 2, #places, 2 do
+    if broken[places[i]] then
+      return 'WRONGTYPE ' .. places[i] .. ' is a ' .. broken[places[i]] .. ', not a stream'
     end
   end
 end
@@ -134,18 +139,20 @@ end
 local mine = transaction
 if not transaction then
   local ids = {}
-  for i, unit in ipairs(units) do ids[i] = unit[1] end
+  for i, unit in ipairs(units) do ids[i] = unit[1][1] end
   mine = owned(KEYS[1], group, owner, ids)
 end
 local answers, done, added = {}, {}, {}
 for i, unit in ipairs(units) do
-  local id, attempt, origin, types, appends, commands, binaries = unpack(unit)
+  local id, attempt, origin, types, places, binaries = unpack(unit[1])
+  local commands = unit[2]
   local answer = 0
   if transaction or mine[id] then
-    local wrong = mistyped(types, appends)
-    answer = not wrong and full(appends) or nil
+    local wrong = mistyped(types, places)
+    answer = not wrong and full(places) or nil
     if not answer then
-      for k = 1, binaries and #binaries or 0, 3 do
+      for k = 1, #places, 2 do commands[places[k]][2][2] = places[k + 1] end
+      for k = 1, #binaries, 3 do
         local command, place = commands[binaries[k]], binaries[k + 1]
         local values = place < 0 and command[1] or command[2]
         values[math.abs(place)] = ARGV[4 + binaries[k + 2]]
