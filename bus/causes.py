@@ -21,8 +21,9 @@ def inherit(
     deliveries caused it: no retry would find them together again. Errors: EventLoop.
     """
     if isinstance(cause, BatchCause):
-        depth = max((_ids_of(d)[2] for d in cause.deliveries), default=0)
-        return None, ["causationdepth", _deeper(depth, type, "a batch")]
+        if cause.depth is None:
+            cause.depth = max((_ids_of(d)[2] for d in cause.deliveries), default=0)
+        return None, ["causationdepth", _deeper(cause.depth, type, "a batch")]
     event_id, correlation_id, depth = _ids_of(cause)
     fields: Fields = ["causationdepth", _deeper(depth, type, correlation_id)]
     if given is None or given.correlation_id is None:

@@ -14,7 +14,7 @@ import msgspec
 from bus.config import REPLY_TIMEOUT_S
 from bus.delivery import Delivery
 from bus.effects import Effects, Outgoing
-from bus.errors import DeclarationError, InvalidEffect, InvalidEvent
+from bus.errors import BusError, DeclarationError, InvalidEffect, InvalidEvent
 from bus.event import Event
 from bus.publisher import Publisher
 from bus.reply import Arg
@@ -145,14 +145,14 @@ class Committer:
 
     # --- writing down
 
-    async def find_streams(self, effects: Effects, deadline: float) -> None:
-        """See to it that `write` knows where the events go, until loop time `deadline`.
+    async def find_streams(self, classes: Iterable[type[Event]], deadline: float) -> None:
+        """See to it that `write` knows where events go, until loop time `deadline`.
 
         Errors: those of `publish`.
         """
-        for sent in effects.sent:
-            if not self._publisher.is_placed(sent.cls):
-                await self._publisher.find(sent.cls, deadline)
+        for cls in classes:
+            if not self._publisher.is_placed(cls):
+                await self._publisher.find(cls, deadline)
 
     def write(
         self, sheet: Sheet, effects: Effects, entry: tuple[str, int, str], *, inside: bool
@@ -195,18 +195,18 @@ class Committer:
 
         Errors: ReplyError and those of the connection and of `publish`, with nothing known.
         """
-        deadline = asyncio.get_running_loop().time() + REPLY_TIMEOUT_S
         fates: list[Committed] = []
+        unplaced = await self._unplaced({s.cls for d in deliveries for s in d.effects.sent})
         sheet = Sheet()
         for delivery in deliveries:
             effects, entry_id = delivery.effects, delivery.entry_id.decode()
             moved = delivery.origin.stream != delivery.origin.home
             origin = original_id(delivery).decode() if moved else entry_id
-            entry = (entry_id, delivery.attempt, origin)
             try:
-                if effects.sent:
-                    await self.find_streams(effects, deadline)
-                self.write(sheet, effects, entry, inside=True)
+                for sent in effects.sent if unplaced else ():
+                    if sent.cls in unplaced:
+                        raise unplaced[sent.cls]
+                self.write(sheet, effects, (entry_id, delivery.attempt, origin), inside=True)
             except (InvalidEffect, InvalidEvent, DeclarationError) as error:
                 fates.append(Committed(Fate.INVALID, error=str(error)))
             else:
@@ -222,6 +222,17 @@ class Committer:
         fates = [next(answered) if f is _SENT else f for f in fates]
         self.tell(looks, appended)
         return fates
+
+    async def _unplaced(self, classes: Iterable[type[Event]]) -> dict[type[Event], BusError]:
+        """Find out where events go; return those classes that can go nowhere, and why."""
+        deadline = asyncio.get_running_loop().time() + REPLY_TIMEOUT_S
+        unplaced: dict[type[Event], BusError] = {}
+        for cls in classes:
+            try:
+                await self.find_streams((cls,), deadline)
+            except (InvalidEvent, DeclarationError) as error:
+                unplaced[cls] = error
+        return unplaced
 
     async def lost_failures(
         self, stream: str, group: str, deliveries: Sequence[Delivery[Any]]

@@ -379,10 +379,11 @@ class BatchCause:
     call has ended; then it holds no deliveries any more.
     """
 
-    __slots__ = ("answers", "deliveries", "settled")
+    __slots__ = ("answers", "deliveries", "depth", "settled")
 
     def __init__(self, deliveries: Sequence[Delivery[Any]]) -> None:
         self.deliveries = deliveries
+        self.depth: int | None = None  # of the longest chain of causes, once somebody has looked
         self.answers: dict[Delivery[Any], BaseException] = {}
         self.settled = False
         for delivery in deliveries:

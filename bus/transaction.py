@@ -151,7 +151,7 @@ class Transactions:
         cause = current_delivery.get()
         inside = cause is not None and not cause.settled
         sheet = Sheet()
-        await self._committer.find_streams(wanted, deadline)
+        await self._committer.find_streams({s.cls for s in wanted.sent}, deadline)
         streams = self._committer.write(sheet, wanted, ("", 0, ""), inside=inside)
         tag = wanted.scope.slot_tag
         # Those outside handlers stand behind those who wait already.

@@ -79,10 +79,10 @@ def _state(outcome: Outcome) -> Iterator[str]:
         else f"  quotas: balances are {accounts.balances}, not {accounts.expected_balances}"
     )
     yield f"    quota.exceeded was told {accounts.told.total()} times, of {', '.join(crossed)}"
-    told = ", ".join(map(str, removal.times_told)) or "0"
+    told = "once" if removal.times_told == {1} else f"{sorted(removal.times_told)} times"
     yield (
-        f"  the deleted dataset: {removal.documents:,} documents, each told to be deleted"
-        f" {told} times; {len(removal.left)} keys are left of it"
+        f"  the deleted dataset: {removal.documents:,} documents, each told to be deleted {told};"
+        f" {len(removal.left)} keys are left of it"
     )
     yield (
         f"  searches and lists: {views.hits:,} answered from the cache, {views.misses:,} computed;"

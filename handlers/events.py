@@ -60,7 +60,7 @@ class DatasetDeleted(Event, type="dataset.deleted", key="dataset_id"):
 class DatasetDocumentAdded(
     Event, type="dataset.document_added", topic="document", key="document_id"
 ):
-    """Told with the document's own `document.created`: in one stream, hence in one piece."""
+    """Told with the document's own `document.created`, in one step and one stream."""
 
     dataset_id: str
     document_id: str

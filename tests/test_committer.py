@@ -137,7 +137,7 @@ async def test_a_sheet_has_the_keys_and_the_room_of_all_it_tells(valkey_url):
             effects.incrby(f"k{n}")
             effects.set("blob", b"\xff", when=effects.get("was").equals(b"\xfe"))
             effects.publish(Filed(key="k"))
-            await bus.committer.find_streams(effects, asyncio.get_running_loop().time() + 5)
+            await bus.committer.find_streams({Filed}, asyncio.get_running_loop().time() + 5)
             bus.committer.write(sheet, effects, (f"{n}-0", 1, ""), inside=False)
         sheet.arguments()
     assert set(sheet.keys) == {"k0", "k1", "k2", "blob", "was", STREAM, f"{STREAM}:overrun"}
@@ -161,7 +161,7 @@ async def test_what_can_never_fit_leaves_nothing_on_the_sheet(valkey_url):
         effects.incrby("k")
         for _ in range(5):
             effects.publish(Filed(key="k"))
-        await bus.committer.find_streams(effects, asyncio.get_running_loop().time() + 5)
+        await bus.committer.find_streams({Filed}, asyncio.get_running_loop().time() + 5)
         with pytest.raises(InvalidEvent, match="room for 4"):
             bus.committer.write(sheet, effects, ("", 0, ""), inside=False)
     assert (sheet.units, sheet.keys, sheet.streams) == ([], {}, {})

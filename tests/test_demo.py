@@ -144,7 +144,7 @@ def test_every_event_is_accounted_for_and_no_process_is_left(folder: Path) -> No
         "dead letters of index: 2 failed, 4 rejected, 3 undecodable",
         "every balance is what was granted minus what was used",
         "quota.exceeded was told 4 times, of user-0, user-3, user-6, user-9",
-        "the deleted dataset: 5 documents, each told to be deleted 1 times; 0 keys are left",
+        "the deleted dataset: 5 documents, each told to be deleted once; 0 keys are left",
         "0 wrong when all was quiet",
         "p99",
         "searches",

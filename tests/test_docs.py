@@ -1,5 +1,6 @@
 """What the documents show is run as written."""
 
+import ast
 import os
 import re
 import shlex
@@ -64,6 +65,19 @@ def test_the_batch_handler_adds_up_what_it_did_not_reject(valkey_url: str, tmp_p
     script = tmp_path / "batch.py"
     script.write_text(top + code["batch"] + "\n\n" + main, encoding="utf-8")
     assert run(script, valkey_url) == "12\n"
+
+
+def test_the_application_is_used_as_written(valkey_url: str, tmp_path: Path) -> None:
+    script = tmp_path / "application.py"
+    script.write_text(blocks(README)["application"], encoding="utf-8")
+    hits, balance, types = run(script, valkey_url).splitlines()
+    assert (hits, balance) == ("['Loops']", "94")
+    assert ast.literal_eval(types) == [
+        "document.created",
+        "dataset.document_added",
+        "document.indexed",
+        "document.deleted",
+    ]
 
 
 def test_the_examples_are_as_short_as_they_say() -> None:

@@ -161,6 +161,7 @@ async def test_a_worker_whose_effects_are_forbidden_ends_and_changes_nothing(
 ) -> None:
     @event_handler(Used, group="g")
     async def use(event: Used, delivery: Delivery[Used]) -> None:
+        delivery.effects.get("k")
         delivery.effects.hincrby("h" if missing == "-hincrby" else "not mine", "f")
 
     worker_url = url_of("worker")

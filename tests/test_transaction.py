@@ -202,6 +202,7 @@ async def test_a_user_who_may_not_is_told_at_once_and_nothing_is_done(private_se
         for collect in (
             lambda e: e.incrby("theirs"),
             lambda e: [e.hincrby("mine:h", "f"), e.incrby("mine:k")],
+            lambda e: [e.get("mine:k"), e.hincrby("mine:h", "f")],
         ):
             with pytest.raises(PermissionDenied, match=r"docs/wire\.md"):
                 await commit(bus, collect)

@@ -282,7 +282,11 @@ class StreamStore:
             Looked(stream.decode(), _pinned(who), _by_group(ghosts), _counts(dropped))
             for stream, who, ghosts, dropped in zip(*(looked[i::4] for i in range(4)), strict=True)
         ]
-        return [_committed(a) for a in answers], looks, _counts(appended)
+        if answers.count(1) == len(answers):
+            fates = [_DONE] * len(answers)
+        else:
+            fates = [_committed(a) for a in answers]
+        return fates, looks, _counts(appended)
 
     async def failed_lately(
         self, stream: str, group: str, count: int

@@ -270,7 +270,8 @@ class Settler:
         for entry_id in ids:
             if entry_id not in staying:
                 hand.held.pop(entry_id, None)
-            self._doubtful.discard((hand.stream, entry_id))
+        if self._doubtful:
+            self._doubtful.difference_update([(hand.stream, entry_id) for entry_id in ids])
 
     def _came_through(self, hand: Hand, entry_id: bytes) -> bool:
         """Whether a refused verdict was in truth applied, by an attempt whose reply was lost."""

@@ -1,7 +1,8 @@
 """A worker, or a publisher, of the purses, with a fault in it: see `program.py` for the faults.
 
 What it is told besides: `role`, "worker" or "publisher"; `mutant`, of `mutants.py`, "" for the
-product as it is; `spends` and `changes`, what a publisher publishes, and its `publish_timeout_s`.
+product as it is; `batch`, see `purse.handlers`; `spends` and `changes`, what a publisher publishes,
+and its `publish_timeout_s`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ async def work(bus: Bus, journal: Journal, wish: dict[str, Any]) -> None:
     """Work until SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    handlers = purse.handlers(journal, stops=True, **wish.get("settings", {}))
+    handlers = purse.handlers(journal, stops=True, batch=wish.get("batch", 0))
     async with Worker(bus, handlers, lease_s=purse.LEASE_S, name=wish.get("name")):
         await stop.wait()
 

@@ -10,8 +10,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from bus.committer import Committer
+from bus.effects import Effects
 from bus.streams import stream
 from bus.streams.answers import Committed, Fate
 from bus.streams.script import Script
@@ -19,6 +19,8 @@ from bus.streams.stream import StreamStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from bus import Delivery
 
 
 @dataclass(frozen=True)
@@ -43,67 +45,63 @@ class Rewrite:
         stream._commit._by_digest = self.digest
 
 
-# --- effects that are commands of their own
+# --- effects that are commands of their own, and the ack before or after them
+
+_calls: dict[int, list[tuple[str, Any]]] = {}  # what was collected, by the id of an Effects
 
 
-async def _apply(store: StreamStore, unit: list[Any]) -> None:
-    """Run the commands of a delivery one by one, those whose conditions are met."""
-    commands: list[Any] = unit[5]
-    replies: list[Any] = []
-    for tests, words in commands:
-        met = True
-        for command, _, low, high in zip(*(tests[i::4] for i in range(4)), strict=True):
-            reply = replies[command - 1]
-            met = met and reply is not None and int(low) <= reply <= int(high)
-        replies.append(await store.commands.call(*words) if met else None)
+def _listen(name: str) -> None:
+    """Have a method of Effects note its calls, but for those that have a condition to meet."""
+    inner = getattr(Effects, name)
+
+    def noted(self: Effects, *args: Any, when: Any = None, **kwargs: Any) -> Any:
+        if not self:
+            _calls[id(self)] = []
+        if when is None:
+            _calls[id(self)].append((name, args))
+        return inner(self, *args, when=when, **kwargs)
+
+    setattr(Effects, name, noted)
 
 
-def _in_steps(
-    apply: Callable[[StreamStore, list[list[Any]], Callable[[], Any]], Any],
-) -> Callable[[], None]:
-    """Return what has `apply(store, units, ack)` done to deliveries instead of the script."""
+async def _apply(store: StreamStore, delivery: Delivery[Any]) -> None:
+    for name, args in _calls.pop(id(delivery.effects)):
+        match name, args:
+            case "publish", (event,):
+                await delivery.bus.publish(event)
+            case "hincrby", (key, field):
+                await store.commands.call("HINCRBY", key, field, 1)
+            case _:
+                await store.commands.call(name.upper(), *map(str, args))
+
+
+def _in_steps(*, ack_first: bool) -> Callable[[], None]:
+    """Return what has deliveries applied by plain commands, and acked by the script of acks."""
+
+    async def commit(
+        self: Committer, stream: str, group: str, consumer: str, deliveries: list[Delivery[Any]]
+    ) -> list[Committed]:
+        async def ack() -> list[bytes]:
+            return await self._store.ack(stream, group, consumer, [d.entry_id for d in deliveries])
+
+        refused = await ack() if ack_first else []
+        for delivery in deliveries:
+            if delivery.entry_id not in refused:
+                await _apply(self._store, delivery)
+        refused = refused if ack_first else await ack()
+        return [Committed(Fate.REFUSED if d.entry_id in refused else Fate.DONE) for d in deliveries]
 
     def install() -> None:
-        inner = StreamStore.commit
-
-        async def commit(
-            self: StreamStore,
-            target: tuple[Any, ...],
-            group: str,
-            owner: str,
-            touched: Any,
-            sheet: Any,
-        ) -> Any:
-            if not group:
-                return await inner(self, target, group, owner, touched, sheet)
-            _, units = msgspec.msgpack.decode(sheet[0])
-            ids = [u[0].encode() for u in units]
-            refused = await apply(self, units, lambda: self.ack(target[0], group, owner, ids))
-            fates = [Committed(Fate.REFUSED if i in refused else Fate.DONE) for i in ids]
-            return fates, [], {}
-
-        StreamStore.commit = commit  # type: ignore[method-assign]
+        for name in ("hincrby", "sadd", "publish"):
+            _listen(name)
+        Committer.commit = commit  # type: ignore[method-assign, assignment]
 
     return install
 
 
-async def _ack_first(store: StreamStore, units: list[list[Any]], ack: Callable[[], Any]) -> Any:
-    refused = await ack()
-    for unit in units:
-        if unit[0].encode() not in refused:
-            await _apply(store, unit)
-    return refused
-
-
-async def _ack_last(store: StreamStore, units: list[list[Any]], ack: Callable[[], Any]) -> Any:
-    for unit in units:
-        await _apply(store, unit)
-    return await ack()
-
-
 MUTANTS: dict[str, Callable[[], None]] = {
-    "the ack comes first": _in_steps(_ack_first),
-    "effects are commands of their own": _in_steps(_ack_last),
+    "the ack comes first": _in_steps(ack_first=True),
+    "effects are commands of their own": _in_steps(ack_first=False),
     "nobody asks whose the entry is": Rewrite(
         "if transaction or mine[id] then", "if transaction or mine then"
     ),

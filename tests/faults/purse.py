@@ -51,8 +51,14 @@ class Changed(Event, type="change.made"):
     n: int
 
 
-def handlers(journal: Journal, *, stops: bool = False, **settings: Any) -> list[Handler[...]]:
-    """Return the two handlers. stops: whether events of that kind may stop this process."""
+def handlers(
+    journal: Journal, *, stops: bool = False, batch: int = 0, **settings: Any
+) -> list[Handler[...]]:
+    """Return the two handlers.
+
+    stops: whether events of that kind may stop this process. batch: how many events the first one
+    takes at a time; 0 if it is no batch handler.
+    """
     settings = {
         "concurrency": 8,
         "visibility_s": LEASE_S,
@@ -62,14 +68,29 @@ def handlers(journal: Journal, *, stops: bool = False, **settings: Any) -> list[
         **settings,
     }
 
-    @event_handler(Spent, group="ledger", **settings)
-    async def ledger(event: Spent, delivery: Delivery[Spent]) -> None:
+    async def spend(event: Spent, delivery: Delivery[Spent]) -> None:
         journal.write("start", event.n, delivery.attempt)
-        _spend(event, delivery)
+        _collect(event, delivery)
         if event.kind == "stop" and stops and delivery.attempt == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         await _act(event, delivery)
         journal.write("end", event.n, delivery.attempt)
+
+    async def spend_all(deliveries: list[Delivery[Spent]]) -> None:
+        for delivery in deliveries:
+            try:
+                await spend(delivery.event, delivery)
+            except ValueError as error:
+                delivery.fail(error)
+            except Reject as error:
+                delivery.reject(error.reason)
+
+    if batch:
+        ledger: Handler[...] = event_handler(
+            Spent, group="ledger", batch=batch, batch_wait_ms=5, **settings
+        )(spend_all)
+    else:
+        ledger = event_handler(Spent, group="ledger", **settings)(spend)
 
     @event_handler(Slip, Changed, group="clerk", **settings)
     async def clerk(event: Slip | Changed, delivery: Delivery[Slip | Changed]) -> None:
@@ -79,7 +100,7 @@ def handlers(journal: Journal, *, stops: bool = False, **settings: Any) -> list[
     return [ledger, clerk]
 
 
-def _spend(event: Spent, delivery: Delivery[Spent]) -> None:
+def _collect(event: Spent, delivery: Delivery[Spent]) -> None:
     effects = delivery.effects
     effects.hincrby("applied", str(event.n))
     effects.sadd("marks", f"{event.n}:{os.getpid()}:{delivery.attempt}")

@@ -56,7 +56,10 @@ POINTS = {
 
 @dataclass(frozen=True)
 class Fault:
-    """point, moment, nth, signal, lose_reads: see `program.py`. through: behind the proxy."""
+    """point, moment, nth, signal, lose_reads: see `program.py`. through: behind the proxy.
+
+    batch: see `purse.handlers`.
+    """
 
     point: str
     moment: str
@@ -64,6 +67,7 @@ class Fault:
     signal: str
     lose_reads: int
     through: bool
+    batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,10 @@ def _fault(rng: random.Random, *, through: bool) -> Fault:
     nth = rng.randint(1, POINTS[point, moment])
     name = rng.choice(["SIGKILL", "SIGKILL", "SIGSTOP"])
     lose_reads = 1 if point == "recover" else rng.choice([0, 0, 0, 1])
-    return Fault(point, moment, nth, name, lose_reads, through)
+    batch = rng.choice([0, 0, 5])
+    if batch and point == "handler":
+        point, nth = "batch", -(-nth // batch)
+    return Fault(point, moment, nth, name, lose_reads, through, batch)
 
 
 def _publisher_fault(rng: random.Random) -> Fault:

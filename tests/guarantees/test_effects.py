@@ -260,7 +260,7 @@ async def test_a_dead_letter_of_an_inbox_entry_is_that_of_the_entry_it_was(
         moved = {"origentry": "5-7", "attempts": "1", "due": "0", "run": "r-1"}
         plain = await put(backend, 1, "text", source="/here")
         pairs = [*{"id": "e2", "type": "ledger.paid"}.items()]
-        pairs += [("data", '{"n":2,"kind":"text"}'), ("attempts", "own"), ("x", "y")]
+        pairs += [("data", '{"n":2,"kind":"text"}'), ("x", "y"), ("attempts", "own")]
         flat = [part for pair in (*pairs, *moved.items()) for part in pair]
         await backend.redis.execute_command("XADD", INBOX, "*", *flat)
         await eventually(lambda: len(books.runs) == 2)

@@ -24,6 +24,7 @@ from tests.handlers.application import (
     DATASET,
     DRAINED_S,
     connect,
+    envelopes,
     index_of,
     kept,
     prepare,
@@ -196,3 +197,5 @@ async def test_the_whole_application_at_work(bus: Bus) -> None:
     told = Counter(await types_of(bus))
     assert told["quota.exceeded"] == 1
     assert (told["document.indexed"], told["document.deleted"]) == (12, 6)
+    # Far from the 32 causes at which the bus would call it a loop.
+    assert max(e.causation_depth for e in await envelopes(bus)) == 1

@@ -110,7 +110,10 @@ RICH = st.fixed_dictionaries(
 )
 
 
-def sent(event: Event, headers: Headers = Headers(), most: int = MAX_EVENT_BYTES) -> list[bytes]:
+NONE = Headers()
+
+
+def sent(event: Event, headers: Headers = NONE, most: int = MAX_EVENT_BYTES) -> list[bytes]:
     """Return the fields of `event` as the server will hand them out."""
     info = info_of(type(event))
     fields, _ = encode(info, event, "id-1", key_of(info, event), header_fields(headers), most)
