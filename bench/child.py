@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -18,19 +19,23 @@ from bench import bare_hiredis, bare_redispy
 from bench.work import (
     LANES,
     NODE,
+    QUOTA_STREAM,
+    QUOTAS,
     STANDINGS,
     STREAM,
     TOPIC,
     DocumentCreated,
+    QuotaExceeded,
     make_events,
     peak_rss_mb,
+    quota_of,
 )
-from bus import Bus, Topic, Worker, event_handler
+from bus import Bus, Delivery, Topic, Worker, event_handler
 from bus.streams.topics import Record
 
 
 async def consume_bus(
-    url: str, group: str, count: int, handler: Callable[[Any], Awaitable[None]]
+    url: str, group: str, count: int, handler: Callable[..., Awaitable[None]]
 ) -> float:
     """Run a Worker with all its parts until `count` entries are acked."""
     times: dict[str, float] = {}
@@ -73,6 +78,36 @@ async def consume(system: str, url: str, group: str, count: int) -> dict[str, An
     if handled != count or pending:
         raise SystemExit(f"{system}: handled {handled} of {count}, {pending} pending")
     return {"rate": count / seconds, "cpu_us": cpu / count * 1e6, "rss_mb": peak_rss_mb()}
+
+
+async def consume_with_effects(system: str, url: str, group: str, count: int) -> dict[str, Any]:
+    """Drain `count` entries with a handler that deducts from quotas; check them to the token.
+
+    "quota" deducts and nothing else; "quota-event" publishes an event, too, if that crossed zero.
+    """
+    tells = system == "quota-event"
+
+    async def handler(event: DocumentCreated, delivery: Delivery[DocumentCreated]) -> None:
+        quota, used = quota_of(event), event.tokens
+        left = delivery.effects.hincrby(f"{group}:{quota}", "tokens", -used)
+        if tells:
+            crossed = left.between(-used, -1)
+            delivery.effects.publish(QuotaExceeded(quota=quota, used=used), when=crossed)
+
+    cpu = time.process_time()
+    seconds = await consume_bus(url, group, count, handler)
+    cpu = time.process_time() - cpu
+    used: Counter[str] = Counter()
+    for event in make_events(count):
+        used[quota_of(event)] += event.tokens
+    async with Bus.connect(url) as bus:
+        pending = (await bus.redis.xpending(STREAM, group))["pending"]
+        left = {q: int(await bus.redis.hget(f"{group}:{q}", "tokens") or 0) for q in used}
+        told = await bus.redis.xlen(QUOTA_STREAM) if tells else 0
+        await bus.redis.delete(QUOTA_STREAM)
+    if left != {q: -n for q, n in used.items()} or pending or told != (len(used) if tells else 0):
+        raise SystemExit(f"{system}: the quotas are off, {pending} pending, {told} events")
+    return {"rate": count / seconds, "cpu_us": cpu / count * 1e6}
 
 
 async def publish(system: str, url: str, count: int) -> dict[str, Any]:
@@ -165,14 +200,18 @@ async def publish_standing(standing: str, url: str, count: int) -> dict[str, Any
 def main() -> None:
     """Run one test and print its figures."""
     p = argparse.ArgumentParser()
-    p.add_argument("system", choices=("bus", "bare-redis-py", "bare-hiredis", *STANDINGS))
-    p.add_argument("test", choices=("consume", "publish", "publish-standing"))
+    systems = ("bus", "bare-redis-py", "bare-hiredis", *STANDINGS, *QUOTAS)
+    p.add_argument("system", choices=systems)
+    p.add_argument("test", choices=("consume", "effects", "publish", "publish-standing"))
     p.add_argument("--url", required=True)
     p.add_argument("--group", default="g")
     p.add_argument("--count", type=int, required=True)
     a = p.parse_args()
     if a.test == "consume":
         figures = uvloop.run(consume(a.system, a.url, a.group, a.count))
+    elif a.test == "effects":
+        run = consume if a.system == "bus" else consume_with_effects
+        figures = uvloop.run(run(a.system, a.url, a.group, a.count))
     elif a.test == "publish-standing":
         figures = uvloop.run(publish_standing(a.system, a.url, a.count))
     else:

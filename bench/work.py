@@ -10,6 +10,8 @@ TOPIC = "bench"
 STREAM = "bus:{bench:0}"
 LANES = 100
 STANDINGS = ("below", "keep", "pinned")  # where a stream stands that is published into
+QUOTA_STREAM = "bus:{bench-quota:0}"
+QUOTAS = ("quota", "quota-event")  # handlers with effects: a counter, and an event if it crosses
 NODE = 100  # entries of a node of a stream: less is not trimmed while there is room
 
 
@@ -21,6 +23,18 @@ class DocumentCreated(Event, type="bench.document_created"):
     title: str
     tokens: int
     tags: list[str]
+
+
+class QuotaExceeded(Event, type="bench.quota_exceeded", topic="bench-quota", key="quota"):
+    """What a handler with effects publishes, seldom."""
+
+    quota: str
+    used: int
+
+
+def quota_of(event: DocumentCreated) -> str:
+    """Return which of a hundred quotas an event counts on."""
+    return f"quota-{event.tokens % 100}"
 
 
 def make_events(count: int, seed: int = 7) -> list[DocumentCreated]:
