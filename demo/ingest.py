@@ -223,7 +223,8 @@ class Ingest:
 
     async def _search(self, number: int, words: str) -> None:
         await asyncio.sleep(number / SEARCHES_PER_S)
-        await self.datasets.search(DATASET_ID, words)
+        # One of them changes all the time, the other holds still: views that go, and views that stay.
+        await self.datasets.search((DATASET_ID, ARCHIVE_ID)[number % 2], words)
 
     async def _touch(self, number: int, file: SourceFile) -> None:
         await asyncio.sleep(number / UPDATES_PER_S)
