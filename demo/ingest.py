@@ -223,7 +223,7 @@ class Ingest:
 
     async def _search(self, number: int, words: str) -> None:
         await asyncio.sleep(number / SEARCHES_PER_S)
-        # One of them changes all the time, the other holds still: views that go, and views that stay.
+        # One of them changes all the time, so its views go; those of the other stay.
         await self.datasets.search((DATASET_ID, ARCHIVE_ID)[number % 2], words)
 
     async def _touch(self, number: int, file: SourceFile) -> None:

@@ -23,12 +23,15 @@ from bus import (
     PermissionDenied,
     PublishUnknown,
     Receipt,
+    ServerUnreachable,
     StreamFull,
     Topic,
     Worker,
     WrongKeyType,
     event_handler,
 )
+from bus.streams.connection import ConnectionLost
+from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from tests.servers import ask
 from tests.witness import Witness, eventually
@@ -332,6 +335,54 @@ async def test_those_who_wait_go_in_their_order_large_ones_too(url, redis, serve
         assert await redis.xlen(STREAM) <= 10
 
 
+async def test_who_comes_later_does_not_take_what_a_larger_one_waits_for(url, redis, server):
+    async with Bus.connect(url, topics=[shop()], publish_timeout_s=20) as bus:
+        witness = Witness(bus)
+        await pinned(redis)
+        for n in range(10):
+            await sell(bus, n)
+        large = asyncio.create_task(sell(bus, 10, events=5))
+        await eventually(lambda: witness.of("publish.full"))
+        (entry_id, _) = (await redis.xrange(STREAM, count=3))[-1]
+        await let_go(redis, entry_id)
+        small = asyncio.create_task(sell(bus, 11))
+        await asked(server, times=4)
+        assert (large.done(), small.done()) == (False, False)
+        await let_go(redis)
+        await asyncio.gather(large, small)
+    assert (await numbers(redis))[-6:] == [10] * 5 + [11]
+
+
+async def test_one_that_was_robbed_of_its_room_is_still_the_first(url, redis, server, monkeypatch):
+    """A publisher elsewhere was quicker than it, between its look and its events."""
+    inner = StreamStore.commit
+    robbed: list[int] = []
+
+    async def rob(self: Any, *args: Any) -> Any:
+        if not robbed:
+            robbed.append(1)
+            await redis.xadd(STREAM, {"id": "t", "type": "shop.sold", "data": '{"n":-1}'})
+        return await inner(self, *args)
+
+    async with Bus.connect(url, topics=[shop()], publish_timeout_s=20) as bus:
+        witness = Witness(bus)
+        await pinned(redis)
+        for n in range(10):
+            await sell(bus, n)
+        large = asyncio.create_task(sell(bus, 10, events=2))
+        await eventually(lambda: witness.of("publish.full"))
+        small = asyncio.create_task(sell(bus, 11))
+        monkeypatch.setattr(StreamStore, "commit", rob)
+        (entry_id, _) = (await redis.xrange(STREAM, count=2))[-1]
+        await let_go(redis, entry_id)
+        await eventually(lambda: robbed)
+        await asked(server, times=4)
+        assert (large.done(), small.done()) == (False, False)
+        await let_go(redis)
+        await asyncio.gather(large, small)
+    assert (await numbers(redis))[-4:] == [-1, 10, 10, 11]
+
+
 async def test_one_whose_time_is_up_names_who_holds_it_up(url, redis):
     async with Bus.connect(url, topics=[shop()], publish_timeout_s=0.3) as bus:
         await pinned(redis)
@@ -504,6 +555,36 @@ async def test_receipts_are_those_of_what_was_published(url, redis):
         ((entry_id, _),) = await redis.xrange(STREAM)
         assert change.receipts == [taken.value]
         assert taken.value == Receipt("mine", STREAM, entry_id.decode())
+
+
+AFTERWARDS = {
+    "gone": ServerUnreachable("nobody answers"),
+    "without memory": ReplyError("OOM", "OOM command not allowed"),
+    "without rights": ReplyError("NOPERM", "NOPERM"),
+}
+
+
+@pytest.mark.parametrize("trouble", AFTERWARDS)
+async def test_what_may_have_been_sent_stays_unknown_whatever_comes_after(
+    url, monkeypatch, trouble
+):
+    """A lost answer first: what the server says or does not say then is about the repeats."""
+    inner = StreamStore.commit
+    calls: list[int] = []
+
+    async def lost(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            await inner(self, *args)
+            raise ConnectionLost("connection lost: by the test", sent=True)
+        raise AFTERWARDS[trouble]
+
+    async with Bus.connect(url, publish_timeout_s=0.3) as bus:
+        monkeypatch.setattr(StreamStore, "commit", lost)
+        with pytest.raises(PublishUnknown):
+            await sell(bus, 1)
+        assert len(calls) > 1
+        assert await bus.redis.get("sold") == b"1"
 
 
 async def test_a_caller_told_unknown_may_look_at_the_state(url, monkeypatch):

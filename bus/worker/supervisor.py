@@ -30,6 +30,7 @@ from bus.config import (
 from bus.delivery import Publishes
 from bus.errors import BusError, DeclarationError
 from bus.handler import Handler, Registry
+from bus.sender import is_transient
 from bus.streams.keys import inbox, is_inbox
 from bus.streams.replies import ReplyError
 from bus.streams.topics import Record, TopicTable
@@ -270,12 +271,17 @@ class Worker:
         Dead letters are done, too: look at them where that matters.
 
         Looks every 20 ms: XINFO GROUPS and XRANGE of one entry per stream. Errors: TimeoutError
-        that says what is left; what broke the worker, if it broke.
+        that says what is left, or that the server does not answer; what broke the worker.
         """
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout_s
         while True:
-            left = await self._left()
+            try:
+                left = await self._left()
+            except BusError as error:
+                if not is_transient(error):
+                    raise
+                left = [f"the server does not say: {error}"]
             if not left:
                 return
             if self._failed is not None and self._failed.done():

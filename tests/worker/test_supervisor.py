@@ -74,6 +74,32 @@ async def test_wait_needs_a_started_worker(bus: Bus) -> None:
         await Worker(bus, [quiet]).wait()
 
 
+async def test_drained_outlives_the_loss_of_its_connection(bus: Bus, backend: Backend) -> None:
+    """It looks over the connection of the verdicts, which carry on by themselves."""
+    gate = asyncio.Event()
+
+    @event_handler(Asked, group="slow")
+    async def slow(event: Asked) -> None: ...
+
+    @event_handler(Asked, group="waiting")
+    async def waiting(event: Asked) -> None:
+        await gate.wait()
+
+    async with Worker(bus, [slow, waiting]) as worker:
+        lost = Witness(bus)
+        draining = asyncio.create_task(worker.drained())
+        await bus.publish(Asked(n=1))
+        await eventually(lambda: _cut_off(backend, lost))
+        gate.set()
+        await draining
+
+
+async def _cut_off(backend: Backend, seen: Witness) -> bool:
+    """Kill every connection but our own; whether that of the commands was lost ten times by now."""
+    await backend.redis.client_kill_filter(_type="normal", skipme=True)
+    return len(seen.of("connection.lost", role="commands")) >= 10
+
+
 async def test_drained_says_what_is_left(bus: Bus, backend: Backend) -> None:
     release = asyncio.Event()
 
