@@ -42,7 +42,16 @@ class Scope:
         self.tag = keys.tag_of(stream) if stream else ""
 
     def admit(self, key: str) -> None:
-        """Accept a key. Errors: InvalidEffect, one of another slot than the keys before."""
+        """Accept a key. Errors: InvalidEffect, the bus's own, or of another slot than the rest."""
+        if key.startswith(keys.OWN):
+            raise InvalidEffect(
+                f"{key}: keys that begin with {keys.OWN} are the bus's own; publish events with"
+                " .publish"
+            )
+        self.join(key)
+
+    def join(self, key: str) -> None:
+        """Accept any key. Errors: InvalidEffect, one of another slot than the rest."""
         if not self._clustered:
             return
         slot = keys.slot_of(key)
@@ -166,7 +175,7 @@ class Committer:
         wanted: dict[str, tuple[int, Limits, bool]] = {}
         for sent in effects.sent:
             stream, limits, waits = self._publisher.place(sent, inside=inside)
-            effects.admit(stream)
+            effects.join(stream)
             places += (sent.command + 1, stream)
             events = wanted[stream][0] + 1 if stream in wanted else 1
             _check_fits(stream, events, limits)

@@ -71,7 +71,10 @@ class Scope(Protocol):
         """The hash tag of the stream, without braces; "" outside a delivery."""
 
     def admit(self, key: str) -> None:
-        """Accept a key. Errors: InvalidEffect, one of another slot than the keys before."""
+        """Accept a key. Errors: InvalidEffect, the bus's own, or of another slot than the rest."""
+
+    def join(self, stream: str) -> None:
+        """Accept the stream of a published event. Errors: InvalidEffect, of another slot."""
 
     def outgoing(
         self, event: Event, event_id: str | None, headers: Mapping[str, Any], cause: Any
@@ -146,9 +149,9 @@ class Effects:
         """Have the bus's own key set when all other effects have been applied."""
         self.last_key, self.last = key, _pack(((), ("SET", key, value, "PX", str(ttl_ms))))
 
-    def admit(self, stream: str) -> None:
-        """Accept the stream of a published event. Errors: InvalidEffect, another slot."""
-        self._scope.admit(stream)
+    def join(self, stream: str) -> None:
+        """Accept the stream of a published event. Errors: InvalidEffect, of another slot."""
+        self._scope.join(stream)
 
     def key(self, name: str) -> str:
         """Return a key in the slot of this delivery's stream: `{document:0}:<name>`.
@@ -390,10 +393,6 @@ class Effects:
     def _admit(self, key: str) -> None:
         if not key:
             raise InvalidEffect("a key must not be empty")
-        if key.startswith("bus:"):
-            raise InvalidEffect(
-                f"{key}: keys that begin with bus: are the bus's own; publish events with .publish"
-            )
         self._scope.admit(key)
         self.keys[key] = ""
 
@@ -452,5 +451,5 @@ def _binaries(
     return tuple((command, sign * at, value) for at, value in places if isinstance(value, bytes))
 
 
-_OTHERS = ("admit", "finally_set", "key", "close", "answered", "reply")
+_OTHERS = ("join", "finally_set", "key", "close", "answered", "reply")
 _NAMES = [n for n, v in vars(Effects).items() if callable(v) and n[0] != "_" and n not in _OTHERS]

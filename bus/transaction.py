@@ -205,9 +205,12 @@ class Transactions:
             async with _until(deadline, line, shortage, limits):
                 await line.first.acquire()
             try:
-                async with _until(deadline, line, shortage, limits):
-                    await self._room(line, stream, limits, events)
-                return await self._send(sheet, tag, deadline)
+                while True:
+                    async with _until(deadline, line, shortage, limits):
+                        await self._room(line, stream, limits, events)
+                    fate = await self._send(sheet, tag, deadline)
+                    if fate.fate is not Fate.FULL or fate.stream != stream:
+                        return fate
             finally:
                 line.first.release()
         finally:

@@ -29,6 +29,7 @@ from bus import (
     Worker,
     event_handler,
 )
+from bus.committer import Scope
 from bus.config import EFFECT_BYTES, EFFECT_VALUES, EFFECTS
 from bus.effects import _NAMES
 from tests.witness import eventually
@@ -50,20 +51,9 @@ class Packed(Event, type="till.packed", encoding="msgpack"):
     blob: bytes
 
 
-class Anywhere:
-    """A scope where everything may be touched."""
-
-    tag = "till:0"
-
-    def admit(self, key: str) -> None: ...
-
-    def outgoing(self, event: Any, event_id: Any, headers: Any, cause: Any) -> Any:
-        raise NotImplementedError
-
-
 @pytest.fixture
 def effects() -> Effects:
-    return Effects(Anywhere())
+    return Effects(Scope(None, "", clustered=False))  # type: ignore[arg-type] # nothing is published
 
 
 @pytest.fixture
@@ -346,7 +336,7 @@ def test_conditions_count_as_bytes_too(effects: Effects) -> None:
 
 
 def test_a_condition_is_on_replies_of_the_same_effects(effects: Effects) -> None:
-    other = Effects(Anywhere())
+    other = Effects(Scope(None, "", clustered=False))
     elsewhere, here = other.get("k").present(), effects.get("k").present()
     with pytest.raises(InvalidEffect, match="same effects"):
         effects.set("k", "v", when=elsewhere)

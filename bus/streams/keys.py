@@ -24,6 +24,7 @@ from zlib import crc32
 
 from redis.crc import key_slot
 
+OWN = "bus:"  # how every key of the bus begins, and no other should
 TOPICS = "bus:topics"
 PROBE = "bus:probe"
 LANE = b"parked:"

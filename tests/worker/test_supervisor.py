@@ -10,10 +10,12 @@ import pytest
 from bus import Bus, BusError, DeclarationError, Delivery, Worker, event_handler
 from bus.worker import reclaimer
 from bus.worker.consumer import Consumer
+from tests.faults.proxy import Proxy
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
 
 if TYPE_CHECKING:
+    from bus.embedded import EmbeddedServer
     from tests.guarantees.backend import Backend
 
 
@@ -74,30 +76,18 @@ async def test_wait_needs_a_started_worker(bus: Bus) -> None:
         await Worker(bus, [quiet]).wait()
 
 
-async def test_drained_outlives_the_loss_of_its_connection(bus: Bus, backend: Backend) -> None:
+async def test_drained_outlives_the_loss_of_its_connection(server: EmbeddedServer) -> None:
     """It looks over the connection of the verdicts, which carry on by themselves."""
-    gate = asyncio.Event()
-
-    @event_handler(Asked, group="slow")
-    async def slow(event: Asked) -> None: ...
-
-    @event_handler(Asked, group="waiting")
-    async def waiting(event: Asked) -> None:
-        await gate.wait()
-
-    async with Worker(bus, [slow, waiting]) as worker:
-        lost = Witness(bus)
-        draining = asyncio.create_task(worker.drained())
+    async with (
+        Proxy(server.port) as proxy,
+        Bus.connect(proxy.url) as bus,
+        Worker(bus, [quiet]) as worker,
+    ):
         await bus.publish(Asked(n=1))
-        await eventually(lambda: _cut_off(backend, lost))
-        gate.set()
-        await draining
-
-
-async def _cut_off(backend: Backend, seen: Witness) -> bool:
-    """Kill every connection but our own; whether that of the commands was lost ten times by now."""
-    await backend.redis.client_kill_filter(_type="normal", skipme=True)
-    return len(seen.of("connection.lost", role="commands")) >= 10
+        await worker.drained()
+        proxy.lose(b"XINFO", 3)
+        await worker.drained()
+        assert proxy.lost == 3
 
 
 async def test_drained_says_what_is_left(bus: Bus, backend: Backend) -> None:
