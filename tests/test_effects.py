@@ -53,7 +53,7 @@ class Packed(Event, type="till.packed", encoding="msgpack"):
 
 @pytest.fixture
 def effects() -> Effects:
-    return Effects(Scope(None, "", clustered=False))  # type: ignore[arg-type] # nothing is published
+    return Effects(Scope(None, "bus:{till:0}", clustered=False))  # type: ignore[arg-type] # nothing is published
 
 
 @pytest.fixture
