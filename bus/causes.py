@@ -9,7 +9,7 @@ from typing import Any
 from bus.config import CAUSATION_DEPTH
 from bus.delivery import BatchCause, Delivery
 from bus.errors import EventLoop, Undecodable
-from bus.streams.codec import Fields, Headers, plain_entry
+from bus.streams.codec import Fields, Headers, plain_entry, run_of
 
 
 def inherit(
@@ -50,6 +50,8 @@ def _derived_id(cause: Delivery[Any], event_id: str, type: str, key: str) -> str
         ordinals = cause.ordinals = {}
     ordinal = ordinals[type, key] = ordinals.get((type, key), 0) + 1
     group = cause.origin.group
+    if cause.origin.stream != cause.origin.home and (run := run_of(cause)):
+        group = f"{group} {run}"  # a replay publishes anew; no group's name has a space
     # Lengths in front: ("ab", "c") and ("a", "bc") must not meet.
     text = f"{len(event_id)}:{event_id}{len(group)}:{group}{len(type)}:{type}{len(key)}:{key}"
     text += f"{len(str(ordinal))}:{ordinal}"

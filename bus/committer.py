@@ -13,11 +13,12 @@ import msgspec
 
 from bus.config import REPLY_TIMEOUT_S
 from bus.delivery import Delivery
-from bus.effects import Effects, Outgoing
+from bus.effects import Effects
 from bus.errors import BusError, DeclarationError, InvalidEffect, InvalidEvent
 from bus.event import Event
 from bus.publisher import Publisher
 from bus.reply import Arg
+from bus.scope import Outgoing
 from bus.shortage import Shortage, tell_lost
 from bus.streams import keys
 from bus.streams.answers import Committed, Fate, Limits, Looked
@@ -75,10 +76,10 @@ class Scope:
             )
 
     def outgoing(
-        self, event: Event, event_id: str | None, headers: Mapping[str, Any], cause: Any
+        self, event: Event, event_id: str | None, headers: tuple[Any, ...], cause: Any
     ) -> Outgoing:
         """Encode an event that `cause` publishes. Errors: InvalidEvent, EventLoop."""
-        given = Headers(**headers) if headers else None
+        given = None if headers == _NOTHING else Headers(*headers)
         return self._publisher.outgoing(event, event_id, given, cause)
 
 
@@ -87,8 +88,8 @@ class Sheet:
     """What one call of the script is told: the effects of deliveries, or of a transaction.
 
     keys: all that are touched, the bus's own among them. streams: those appended to, each with the
-    number of events, its limits, and whether one waits for room there. units: see `commit.lua`,
-    packed. binaries: values that are no UTF-8, which go beside.
+    number of events that are certain to come, its limits, and whether one waits for room there.
+    units: see `commit.lua`, packed. binaries: values that are no UTF-8, which go beside.
     """
 
     keys: dict[str, None] = field(default_factory=dict)
@@ -103,7 +104,9 @@ class Sheet:
             overrun = keys.overrun(stream)
             self.keys[stream] = self.keys[overrun] = None
             drop = "1" if limits.drop_oldest else ""
-            streams.append((stream, overrun, events, limits.keep, limits.slack, limits.most, drop))
+            # Without a certain one it is looked at as if one of those with a condition came.
+            total = events if drop else max(events, 1)
+            streams.append((stream, overrun, total, limits.keep, limits.slack, limits.most, drop))
         return [_array([_pack(streams), _array(self.units)]), *self.binaries]
 
 
@@ -128,6 +131,7 @@ def _check_fits(stream: str, events: int, limits: Limits) -> None:
 
 
 _LATELY = 20  # dead letters that others may have added since an answer was lost
+_NOTHING = (None,) * 6
 _SENT = Committed(Fate.DONE)  # in the place of an answer that is yet to come
 
 
@@ -177,7 +181,8 @@ class Committer:
             stream, limits, waits = self._publisher.place(sent, inside=inside)
             effects.join(stream)
             places += (sent.command + 1, stream)
-            events = wanted[stream][0] + 1 if stream in wanted else 1
+            events = wanted[stream][0] if stream in wanted else 0
+            events += sent.certain
             _check_fits(stream, events, limits)
             wanted[stream] = events, limits, waits
         for stream, (events, limits, waits) in wanted.items():
@@ -190,7 +195,7 @@ class Committer:
         if effects.last:
             commands = [*commands, effects.last]
             sheet.keys[effects.last_key] = None
-        head = _pack((*entry, effects.types, places, aside))
+        head = _pack((*entry, effects.types, places, aside, bool(effects.last)))
         sheet.units.append(_array((head, _array(commands))))
         sheet.keys.update(dict.fromkeys(effects.keys))
         return places[1::2]  # type: ignore[return-value]
@@ -217,7 +222,7 @@ class Committer:
                         raise unplaced[sent.cls]
                 self.write(sheet, effects, (entry_id, delivery.attempt, origin), inside=True)
             except (InvalidEffect, InvalidEvent, DeclarationError) as error:
-                fates.append(Committed(Fate.INVALID, error=str(error)))
+                fates.append(Committed(Fate.UNDONE, error=str(error)))
             else:
                 fates.append(_SENT)
         if not sheet.units:

@@ -63,9 +63,10 @@ VERDICTS_PER_CALL = 500  # bounds how long one script keeps the server busy
 PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is above
 
 # --- effects: they run in one script, during which the server does nothing else
-EFFECTS = 1_000  # commands of one delivery or transaction, about 2 ms of server
+EFFECTS = 1_000  # commands of one delivery or transaction, 2-4 ms of server
 EFFECT_BYTES = 1024 * 1024
 EFFECT_VALUES = 4_000  # of one command: Lua passes on about 8,000 at a time
+EFFECTS_VALUES = 20_000  # of all commands: about 50 ms of server at worst, for sorted sets
 EFFECTS_PER_CALL = 2_000  # commands of all deliveries that share a script call...
 COMMITS_PER_CALL = 200  # ...and deliveries
 ONCE_LEAST = timedelta(seconds=1)  # a publisher's own repeats take longer to come than that

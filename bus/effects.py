@@ -16,12 +16,12 @@ This file is pure: it checks, and writes the commands down in the form the scrip
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
-from typing import Any, Protocol, TypeAlias
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias
 
 import msgspec
 
-from bus.config import EFFECT_BYTES, EFFECT_VALUES, EFFECTS
+from bus.config import EFFECT_BYTES, EFFECT_VALUES, EFFECTS, EFFECTS_VALUES
 from bus.errors import EffectNotAllowed, EffectsClosed, InvalidEffect, NoReplyYet
 from bus.event import Event
 from bus.reply import (
@@ -33,56 +33,14 @@ from bus.reply import (
     milliseconds_of,
     number_of,
     pairs,
+    score_of,
     several,
     value_of,
     whole_of,
 )
+from bus.scope import Scope, Sent
 
 Key: TypeAlias = str | bytes
-
-
-class Outgoing(msgspec.Struct, frozen=True, gc=False):
-    """An event that is ready to be appended, but for its stream.
-
-    cls: of the event; says the topic. routed_by: key or event id, which decides the partition.
-    fields: of the entry, names and values.
-    """
-
-    cls: type[Event]
-    event_id: str
-    routed_by: str
-    fields: Sequence[Arg]
-
-
-class Sent(msgspec.Struct, frozen=True, gc=False):
-    """Which command, from 0, appends an event, and what decides the stream."""
-
-    command: int
-    cls: type[Event]
-    event_id: str
-    routed_by: str
-
-
-class Scope(Protocol):
-    """Where effects are collected: what they may touch, and how an event becomes an entry."""
-
-    @property
-    def tag(self) -> str:
-        """The hash tag of the stream, without braces; "" outside a delivery."""
-
-    def admit(self, key: str) -> None:
-        """Accept a key. Errors: InvalidEffect, the bus's own, or of another slot than the rest."""
-
-    def join(self, stream: str) -> None:
-        """Accept the stream of a published event. Errors: InvalidEffect, of another slot."""
-
-    def outgoing(
-        self, event: Event, event_id: str | None, headers: Mapping[str, Any], cause: Any
-    ) -> Outgoing:
-        """Encode an event that `cause` publishes. Errors: InvalidEvent, EventTooLarge, EventLoop.
-
-        cause: the delivery, None if there is none.
-        """
 
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -110,6 +68,7 @@ class Effects:
         "last_key",
         "sent",
         "types",
+        "values",
     )
 
     def __init__(self, scope: Scope, cause: Any = None) -> None:
@@ -125,6 +84,7 @@ class Effects:
         self.sent: tuple[Sent, ...] = ()
         self.binaries: tuple[tuple[int, int, bytes], ...] = ()  # command, place in it, value
         self.bytes = 0  # about
+        self.values = 0  # arguments of all commands
         self.last = b""  # the bus's own command, when all others have been applied
         self.last_key = ""
 
@@ -264,14 +224,14 @@ class Effects:
         if nx + gt + lt > 1 or (nx and xx):
             raise InvalidEffect("zadd: nx, gt and lt exclude each other, and nx excludes xx")
         flags = [f for f, on in (("NX", nx), ("XX", xx), ("GT", gt), ("LT", lt)) if on]
-        flat = pairs("zadd", ((number_of(s), m) for m, s in scores.items()))
+        flat = pairs("zadd", ((score_of(s), m) for m, s in scores.items()))
         return self._add("ZADD", "zset", key, [*flags, *flat], when)
 
     def zincrby(
         self, key: Key, by: float, member: Value, *, when: Condition | None = None
     ) -> Reply:
         """ZINCRBY; the reply is the new score."""
-        return self._add("ZINCRBY", "zset", key, (number_of(by), value_of(member)), when)
+        return self._add("ZINCRBY", "zset", key, (score_of(by), value_of(member)), when)
 
     def zrem(self, key: Key, *members: Value, when: Condition | None = None) -> Reply:
         """ZREM; the reply is how many there were."""
@@ -311,20 +271,27 @@ class Effects:
         *,
         event_id: str | None = None,
         when: Condition | None = None,
-        **headers: Any,
+        time: datetime | None = None,
+        source: str | None = None,
+        correlation_id: str | None = None,
+        causation_id: str | None = None,
+        traceparent: str | None = None,
+        tracestate: str | None = None,
     ) -> Reply:
         """Append an event to its topic, in the same step; the reply of a transaction is a Receipt.
 
-        headers: those of `Bus.publish`. One XADD. Errors: InvalidEvent, EventTooLarge, EventLoop.
+        As `Bus.publish`; one XADD. An event above a MiB is too large for an effect.
+        Errors: InvalidEvent, EventTooLarge, EventLoop.
         """
         if self._closed:
             raise EffectsClosed(self._closed)
         tests = () if when is None else self._tests(when)
-        sent = self._scope.outgoing(event, event_id, headers, self._cause)
+        given = (source, time, correlation_id, causation_id, traceparent, tracestate)
+        sent = self._scope.outgoing(event, event_id, given, self._cause)
         # The stream is found when it is sent: how many partitions a topic has, the server says.
         reply = self._append(tests, ["XADD", "", "*", *sent.fields])
         place = len(self.commands) - 1
-        self.sent += (Sent(place, sent.cls, sent.event_id, sent.routed_by),)
+        self.sent += (Sent(place, when is None, sent.cls, sent.event_id, sent.routed_by),)
         return reply
 
     # --- collecting
@@ -377,18 +344,19 @@ class Effects:
             args = [a if isinstance(a, str) else "" for a in args]
             tests = ["" if isinstance(t, bytes) else t for t in tests]
         packed = _pack((tests, args))
-        size = self.bytes + len(packed)
+        size, count = self.bytes + len(packed), self.values + len(args)
         if aside:
             size += sum(len(value) for _, _, value in aside)
-        if len(self.commands) >= EFFECTS or size > EFFECT_BYTES:
+        if len(self.commands) >= EFFECTS or size > EFFECT_BYTES or count > EFFECTS_VALUES:
             raise InvalidEffect(
-                f"more than {EFFECTS:,} effects or {EFFECT_BYTES // 1024} KiB: they run in one"
-                " script, during which the server does nothing else; do it in several steps"
+                f"more than {EFFECTS:,} effects, {EFFECTS_VALUES:,} values or"
+                f" {EFFECT_BYTES // 1024} KiB: they run in one script, during which the server does"
+                " nothing else; do it in several steps"
             )
-        self.bytes = size
+        self.bytes, self.values = size, count
         self.binaries += aside
         self.commands.append(packed)
-        return Reply(self, len(self.commands))
+        return Reply(self, len(self.commands), str(args[0]))
 
     def _admit(self, key: str) -> None:
         if not key:

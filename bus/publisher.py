@@ -25,10 +25,10 @@ from tenacity import (
 from bus.causes import inherit
 from bus.config import UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import BatchCause, Delivery, current_delivery
-from bus.effects import Outgoing, Sent
 from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout
 from bus.event import Event, EventInfo, info_of
 from bus.reply import text_of
+from bus.scope import Outgoing, Sent
 from bus.sender import Sender, Unit, is_transient
 from bus.streams import keys
 from bus.streams.answers import Limits

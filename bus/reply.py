@@ -49,9 +49,13 @@ class Condition(msgspec.Struct, eq=False, gc=False):
 
 def _not_yet() -> NoReturn:
     raise NoReplyYet(
-        "the server has not answered yet: decide with when=reply.between(...), .equals(...),"
-        " .present() or .missing(); after a transaction use reply.value"
+        "the server has not answered yet, and nothing is awaited here: decide with"
+        " when=reply.between(...), .equals(...), .present() or .missing(); after a transaction use reply.value"
     )
+
+
+_FLAGS = frozenset(["EXISTS", "SISMEMBER"])  # they answer 1 or 0
+_MAY_BE_NOTHING = frozenset(["GET", "HGET", "SET", "ZSCORE"])
 
 
 class Reply(msgspec.Struct, eq=False, gc=False):
@@ -63,6 +67,7 @@ class Reply(msgspec.Struct, eq=False, gc=False):
 
     _effects: Answers
     _index: int
+    _command: str
 
     def between(self, low: float, high: float) -> Condition:
         """Whether it is a number from `low` to `high`, both included."""
@@ -85,12 +90,24 @@ class Reply(msgspec.Struct, eq=False, gc=False):
         return self._test("differs", value_of(value))
 
     def missing(self) -> Condition:
-        """Whether there was nothing: no such key, field or member; SET whose nx or xx failed."""
-        return self._test("missing")
+        """Whether there was nothing: no such key, field or member; SET whose nx or xx failed.
+
+        Errors: InvalidEffect for a command that always answers a number.
+        """
+        return self._is_there(present=False)
 
     def present(self) -> Condition:
-        """Whether there was something."""
-        return self._test("present")
+        """Whether there was something. Errors: as `missing`."""
+        return self._is_there(present=True)
+
+    def _is_there(self, *, present: bool) -> Condition:
+        if self._command in _FLAGS:
+            return self._test("equals", "1" if present else "0")
+        if self._command in _MAY_BE_NOTHING:
+            return self._test("present" if present else "missing")
+        raise InvalidEffect(
+            f"{self._command} always has an answer: test it with .equals, .between or .at_least"
+        )
 
     def _test(self, name: str, low: Arg = "", high: Arg = "") -> Condition:
         return Condition([self._index, name, low, high], self._effects)
@@ -115,7 +132,7 @@ class Reply(msgspec.Struct, eq=False, gc=False):
         _not_yet()
 
     __bool__ = __int__ = __float__ = __index__ = __str__ = __bytes__ = __format__ = _refuse
-    __iter__ = __len__ = __getitem__ = _refuse
+    __iter__ = __len__ = __getitem__ = __await__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __neg__ = __abs__ = _refuse
     __truediv__ = __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _refuse
@@ -188,6 +205,13 @@ def number_of(value: object) -> str:
     if not math.isfinite(value):
         raise InvalidEffect("NaN and Infinity are no numbers to Redis's counters")
     return repr(float(value))
+
+
+def score_of(value: object) -> str:
+    """Return a score of a sorted set, a double, as an argument. Errors: InvalidEffect."""
+    if isinstance(value, int) and abs(value) > _EXACT:
+        raise InvalidEffect(f"{value} is above 2^53: scores are doubles, and would change it")
+    return number_of(value)
 
 
 def _bound(value: object) -> str:

@@ -204,6 +204,13 @@ class Place(str, Enum):  # noqa: UP042 - whose str() is not its value
     HERE = "here"
 
 
+class Name(str):
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return "another"
+
+
 def collected(effects: Effects) -> list[tuple[list[Any], list[str]]]:
     """The tests and arguments of each command, as the script will see them."""
     return [msgspec.msgpack.decode(command) for command in effects.commands]
@@ -221,9 +228,11 @@ class Odd(float):
 def test_what_is_more_than_a_plain_value_is_written_plainly(effects: Effects) -> None:
     effects.hset(Place.HERE, {Place.HERE: Level.HIGH, "b": Odd(1.5)})
     effects.set(b"here too", b"plain")
+    effects.set(Name("k"), Name("v"))
     assert [args for _, args in collected(effects)] == [
         ["HSET", "here", "here", "3", "b", "1.5"],
         ["SET", "here too", "plain"],
+        ["SET", "k", "v"],
     ]
     assert {type(a) for _, args in collected(effects) for a in args} == {str}
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "bus"
 # From the upper floor to the lower; a module may import from its own floor and those above it.
 FLOORS = [
     # vocabulary: pure, no I/O
-    "event effects reply topic delivery handler signature backoff breaker errors config telemetry",
+    "event effects reply scope topic delivery handler signature backoff breaker errors config telemetry",
     "streams",  # everything that speaks Redis
     "publisher sender shortage causes committer transaction hooks",  # the way in
     "worker",  # the way out

@@ -71,20 +71,21 @@ class Fate(IntEnum):
     """What became of effects.
 
     refused: another worker's, or applied before. full: no room in a stream, nothing was done.
-    failed: a command was refused, and the delivery is a dead letter. invalid: never sent.
+    failed: a command was refused, and the delivery is a dead letter. undone: refused before
+    anything was done.
     """
 
     REFUSED = 0
     DONE = 1
     FULL = 2
     FAILED = 3
-    INVALID = 4
+    UNDONE = 4
 
 
 class Committed(NamedTuple):
     """The fate of one delivery's effects, or of a transaction.
 
-    stream, pinned: of FULL. error, applied: of FAILED and INVALID. replies: of a transaction that
+    stream, pinned: of FULL. error, applied: of FAILED and UNDONE. replies: of a transaction that
     is DONE, per command whether it ran, and its reply.
     """
 

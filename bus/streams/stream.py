@@ -442,6 +442,8 @@ def _committed(answer: Reply) -> Committed:
         return _DONE
     if answer == 0:
         return _REFUSED
+    if answer[0] == Fate.UNDONE:
+        return Committed(Fate.UNDONE, error=answer[1].decode(errors="replace"))
     fate, first, second = answer
     if fate == Fate.FULL:
         return Committed(Fate.FULL, stream=first.decode(), pinned=_pinned(second))

@@ -5,7 +5,7 @@
     full      no room for what it publishes: parked, no attempt used, and handled again
     failed    a command was refused half way: it is a dead letter already, by the same script, since
               what was applied before must never be applied again; on_dead is told afterwards
-    invalid   it cannot be sent at all: a dead letter like any other
+    undone    refused before anything was done: a failed attempt, as if the handler had raised
 
 See `streams/scripts/commit.lua`.
 """
@@ -14,21 +14,28 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from bus.committer import Committer
-from bus.config import BATCH_BYTES, COMMITS_PER_CALL, EFFECTS_PER_CALL, NOT_PUBLISHED_PARK_S
+from bus.config import (
+    BATCH_BYTES,
+    COMMITS_PER_CALL,
+    EFFECTS_PER_CALL,
+    EFFECTS_VALUES,
+    NOT_PUBLISHED_PARK_S,
+)
 from bus.delivery import DeadLetter, Delivery, Failure, Park
 from bus.errors import BusError
 from bus.streams.answers import Committed, Fate
+from bus.streams.replies import ReplyError
 from bus.telemetry import Telemetry
 from bus.worker.hand import Hand, names_of
 
 _DONE = Committed(Fate.DONE)
-Doomed = Callable[[Delivery[Any], DeadLetter], None]
+_TEXT_CHARS = 2_000  # of an error; the dead letter has more
 
 
 class Commits:
     """Applies the effects of one consumer's deliveries.
 
-    buried: told of each that is a dead letter now. doomed: of each that has to become one.
+    buried: told of each that is a dead letter now. undone: of each that has failed without effect.
     """
 
     def __init__(
@@ -36,14 +43,14 @@ class Commits:
         committer: Committer,
         consumer: str,
         telemetry: Telemetry,
-        buried: Doomed,
-        doomed: Doomed,
+        buried: Callable[[Delivery[Any], DeadLetter], None],
+        undone: Callable[[Delivery[Any], Failure], None],
     ) -> None:
         self._committer = committer
         self._consumer = consumer
         self._telemetry = telemetry
         self._buried = buried
-        self._doomed = doomed
+        self._undone = undone
 
     async def apply(
         self,
@@ -56,7 +63,7 @@ class Commits:
         came_through: whether a refused one was in truth applied by an attempt without a reply.
         Errors: those of `Committer.commit`.
         """
-        fates = await self._committer.commit(hand.stream, hand.group, self._consumer, deliveries)
+        fates = await self._commit(hand, deliveries)
         doubtful = [d for d in deliveries if came_through(hand, d.entry_id)]
         failed = await self._failed_unseen(hand, doubtful) if doubtful else {}
         acked = refused = 0
@@ -73,17 +80,37 @@ class Commits:
                 staying.add(delivery.entry_id)
                 reason = f"there is no room in {fate.stream} for what it publishes"
                 hand.parks.append((delivery, Park(NOT_PUBLISHED_PARK_S, reason=reason)))
-            elif fate.fate is Fate.INVALID:
+            elif fate.fate is Fate.UNDONE:
                 staying.add(delivery.entry_id)
-                self._doomed(delivery, _dead_letter(fate))
+                self._undone(delivery, _failure(fate))
             else:
-                self._tell_failed(delivery, _dead_letter(fate))
+                self._tell_failed(delivery, DeadLetter("effects-failed", _failure(fate)))
         emit, stream, group = self._telemetry.emit, hand.stream, hand.group
         if acked:
             emit("delivery.acked", stream=stream, group=group, count=acked)
         if refused:
             emit("delivery.refused", stream=stream, group=group, count=refused, verb="commit")
         return staying
+
+    async def _commit(self, hand: Hand, deliveries: Sequence[Delivery[Any]]) -> list[Committed]:
+        commit, stream, group = self._committer.commit, hand.stream, hand.group
+        try:
+            return await commit(stream, group, self._consumer, deliveries)
+        except ReplyError as error:
+            if error.code != "NOPERM":
+                raise
+        # The server looks at the keys of all before it runs anything: find out whose it was.
+        fates: list[Committed] = []
+        for delivery in deliveries:
+            try:
+                fates += await commit(stream, group, self._consumer, [delivery])
+            except ReplyError as error:
+                if error.code != "NOPERM":
+                    raise
+                named = ", ".join(delivery.effects.keys)[:_TEXT_CHARS]
+                text = f"the server's user may not use one of these keys: {named}"
+                fates.append(Committed(Fate.UNDONE, error=text))
+        return fates
 
     async def _failed_unseen(
         self, hand: Hand, doubtful: Sequence[Delivery[Any]]
@@ -106,26 +133,31 @@ class Commits:
         self._buried(delivery, verdict)
 
 
-def _dead_letter(fate: Committed) -> DeadLetter:
-    stays = f"; applied before, and not undone: {', '.join(fate.applied)}" if fate.applied else ""
-    return DeadLetter("effects-failed", Failure("EffectsFailed", fate.error + stays))
+def _failure(fate: Committed) -> Failure:
+    stays = "; nothing was applied"
+    if fate.applied:
+        stays = f"; applied before, and not undone: {', '.join(fate.applied)}"
+    text = (fate.error[:_TEXT_CHARS] + stays)[:_TEXT_CHARS]
+    return Failure("EffectsFailed", text, where="when its effects were applied")
 
 
 def together(deliveries: Sequence[Delivery[Any]]) -> Iterator[list[Delivery[Any]]]:
     """Cut deliveries into those that share a script call, so that none keeps the server long."""
     part: list[Delivery[Any]] = []
-    commands = size = 0
+    commands = values = size = 0
     for delivery in deliveries:
         effects = delivery.effects
         if part and (
             len(part) >= COMMITS_PER_CALL
             or commands + len(effects) > EFFECTS_PER_CALL
+            or values + effects.values > EFFECTS_VALUES
             or size + effects.bytes > BATCH_BYTES
         ):
             yield part
-            part, commands, size = [], 0, 0
+            part, commands, values, size = [], 0, 0, 0
         part.append(delivery)
         commands += len(effects)
+        values += effects.values
         size += effects.bytes
     if part:
         yield part

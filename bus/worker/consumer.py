@@ -16,7 +16,16 @@ from typing import Any
 
 from bus.committer import Committer
 from bus.config import WAITED_S
-from bus.delivery import ACK, COMMIT, HAND_BACK, DeadLetter, Delivery, Publishes, Verdict
+from bus.delivery import (
+    ACK,
+    COMMIT,
+    HAND_BACK,
+    DeadLetter,
+    Delivery,
+    Failure,
+    Publishes,
+    Verdict,
+)
 from bus.errors import BusError
 from bus.handler import Handler
 from bus.streams.answers import RawEntry, Taken
@@ -100,7 +109,7 @@ class Consumer:
             telemetry,
             self._retries.parked,
             self.look_again,
-            Commits(committer, name, telemetry, self._on_dead.tell_late, self._doom),
+            Commits(committer, name, telemetry, self._on_dead.tell_late, self._undone),
             dead_letter_maxlen=handler.dead_letter_maxlen or 0,
         )
         refunds = Refunds(store, self.group, self.hands, telemetry)
@@ -272,11 +281,19 @@ class Consumer:
             self._settler.settle(self.holding.of(delivery), delivery, HAND_BACK)
         return len(back)
 
-    def _doom(self, delivery: Delivery[Any], verdict: DeadLetter) -> None:
-        """Let a slot tell on_dead and settle one whose effects can never be applied."""
-        delivery.condemned = verdict
-        self.holding.buffer.append(delivery)
-        self._wake_slots(1)
+    def _undone(self, delivery: Delivery[Any], failure: Failure) -> None:
+        """Judge one whose effects were refused before any took place, as if it had raised."""
+        now = asyncio.get_running_loop().time()
+        self.returned -= 1  # it seemed to have succeeded
+        verdict = self._executor.failed(delivery, failure)
+        judged = self._guard.judge(delivery, verdict, now)
+        if isinstance(judged, DeadLetter):
+            delivery.condemned = judged  # a slot tells on_dead, and settles it
+            self.holding.buffer.append(delivery)
+            self._wake_slots(1)
+        elif judged is not None:
+            self._ended_otherwise += 1
+            self._settler.settle(self.holding.of(delivery), delivery, judged)
 
     # --- what the guard asks for
 

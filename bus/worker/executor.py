@@ -33,7 +33,15 @@ from bus.delivery import (
     Verdict,
     current_delivery,
 )
-from bus.errors import PublishRefused, Reject, RetryLater, StreamFull, Undecodable, UnknownEventType
+from bus.errors import (
+    EffectsFailed,
+    PublishRefused,
+    Reject,
+    RetryLater,
+    StreamFull,
+    Undecodable,
+    UnknownEventType,
+)
 from bus.event import Event, EventInfo, newest_version
 from bus.handler import Handler
 from bus.streams.codec import Located, decode, info_for, locate, original_id, plain_entry
@@ -228,7 +236,7 @@ class Executor:
             meaning = meanings.get(id(said))  # describing a failure once is dear enough
             if meaning is None:
                 meaning = meanings[id(said)] = self._meaning_of(said, cut_off)
-            return self._failed(delivery, meaning) if isinstance(meaning, Failure) else meaning
+            return self.failed(delivery, meaning) if isinstance(meaning, Failure) else meaning
 
         if error is not None:
             return BatchEnd([], deliveries, verdict_on)
@@ -263,9 +271,11 @@ class Executor:
 
     def _verdict_of(self, error: BaseException, slot: Slot, delivery: Delivery[Any]) -> Verdict:
         meaning = self._meaning_of(error, slot.cut_off)
-        return self._failed(delivery, meaning) if isinstance(meaning, Failure) else meaning
+        return self.failed(delivery, meaning) if isinstance(meaning, Failure) else meaning
 
-    def _meaning_of(self, error: BaseException, cut_off: str) -> Verdict | Failure:
+    def _meaning_of(  # noqa: PLR0911 - one a meaning
+        self, error: BaseException, cut_off: str
+    ) -> Verdict | Failure:
         """Return the verdict on whatever raised `error`, or a Failure if that uses up an attempt.
 
         cut_off: see `Slot`.
@@ -274,6 +284,9 @@ class Executor:
             return DeadLetter("rejected", failure_of(error, error.reason))
         if (park := _postponed(error)) is not None:
             return park
+        if isinstance(error, EffectsFailed) and error.applied:
+            # A transaction of the handler's: what stays must not be applied again.
+            return DeadLetter("effects-failed", failure_of(error))
         if isinstance(error, asyncio.CancelledError):
             if cut_off == "timeout":
                 limit = self._handler.timeout_s
@@ -284,7 +297,8 @@ class Executor:
             return failure_of(error, "the handler cancelled itself")
         return failure_of(error)
 
-    def _failed(self, delivery: Delivery[Any], failure: Failure) -> Verdict:
+    def failed(self, delivery: Delivery[Any], failure: Failure) -> Verdict:
+        """Return what becomes of a failed attempt: another one, or a dead letter."""
         if delivery.attempt >= self._handler.max_attempts:
             return DeadLetter("failed", failure)
         return Park(self._handler.backoff.delay_s(delivery.attempt), failure)

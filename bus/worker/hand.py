@@ -45,7 +45,8 @@ class Hand(Origin):
         is renewed.
     acks, acking: ids that were handled and are not yet acked on the server, waiting and on their
         way; their bodies are gone already.
-    commits, committing: deliveries with effects, waiting and on their way.
+    commits, committing: deliveries with effects, waiting and on their way. commit_bytes: of the
+        effects of both.
     away: parks and dead letters that are on their way. acks_pause, ...: after the server refused
         some of that kind. singly: send dead letters one by one, since it refused one for what
         it is.
@@ -59,6 +60,7 @@ class Hand(Origin):
     skipped: int = 0
     commits: list[Delivery[Any]] = field(default_factory=list)
     committing: int = 0
+    commit_bytes: int = 0
     parks: list[tuple[Delivery[Any], Park | HandBack]] = field(default_factory=list)
     dead: list[tuple[Delivery[Any], DeadLetter]] = field(default_factory=list)
     away: int = 0

@@ -24,6 +24,7 @@ from bus.worker.commits import Commits, together
 from bus.worker.hand import Hand, Pause, chunks, names_of, texts
 
 BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
+_BEHIND_BYTES = 32 * 1024 * 1024  # effects that wait, likewise
 _MOST_VALUES = 2_000  # field names and values of one entry
 _BODIES_PER_CALL = 50  # dead letters carry their bodies...
 _BYTES_PER_CALL = 1024 * 1024  # ...and copying many large ones would keep the server from others
@@ -71,6 +72,7 @@ class Settler:
         """Whether so many verdicts wait that nothing more should be read for now."""
         return any(
             len(h.acks) + len(h.acking) + len(h.commits) + h.committing > BEHIND
+            or h.commit_bytes > _BEHIND_BYTES
             or len(h.parks) + len(h.dead) + h.away > READ_COUNT
             for h in self._loaded
         )
@@ -95,6 +97,7 @@ class Settler:
             hand.skipped += verdict is SKIP
         elif isinstance(verdict, Commit):
             hand.commits.append(delivery)
+            hand.commit_bytes += delivery.effects.bytes
         elif isinstance(verdict, DeadLetter):
             hand.dead.append((delivery, verdict))
         else:
@@ -190,6 +193,7 @@ class Settler:
                 failed += part
         hand.commits += failed
         hand.committing = 0
+        hand.commit_bytes = sum(d.effects.bytes for d in hand.commits)
         hand.commits_pause.after(ok=not failed)
         return not failed
 

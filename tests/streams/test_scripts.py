@@ -686,15 +686,13 @@ FAR = (100, 10, 100_000, "")  # keep, slack, most, drop
 
 
 def unit(
-    entry_id: bytes | str,
-    *commands: list[str],
-    types: tuple[str, ...] = (),
-    appends: dict[str, int] | None = None,
-    attempt: int = 1,
+    entry_id: bytes | str, *commands: list[str], types: tuple[str, ...] = (), attempt: int = 1
 ) -> list[Any]:
     """One delivery; commands without conditions."""
     name = entry_id.decode() if isinstance(entry_id, bytes) else entry_id
-    return [name, attempt, name, list(types), appends or {}, [[[], c] for c in commands]]
+    appending = [(n, c[1]) for n, c in enumerate(commands, 1) if c[0] == "XADD"]
+    places = [part for place in appending for part in place]
+    return [[name, attempt, name, list(types), places, []], [[[], c] for c in commands]]
 
 
 async def commit(
@@ -706,13 +704,11 @@ async def commit(
     room: tuple[Any, ...] = FAR,
 ) -> Any:
     """Commit units; streams that they append to have that room."""
-    appends: Counter[str] = Counter()
-    for each in units:
-        appends.update(each[4])
+    appends = Counter(stream for head, _ in units for stream in head[4][1::2])
     streams = [[s, s + ":overrun", n, *room] for s, n in appends.items()]
     packed = msgspec.msgpack.encode([streams, units])
     answers, _, appended = await lab.run("commit", group, owner, 60, packed, keys=keys)
-    assert sum(appended[1::2]) <= sum(appends.values())
+    assert sum(appended[1::2]) <= appends.total()
     return answers
 
 
@@ -793,7 +789,7 @@ async def test_a_delivery_fits_with_all_its_events_or_waits(lab, events):
     other = "bus:{lab:1}"
     await lab.redis.xgroup_create(other, "pins", "0", mkstream=True)
     units = [
-        unit(i, *[["XADD", other, "*", "n", "1"]] * n, ["INCRBY", "k", "1"], appends={other: n})
+        unit(i, *[["XADD", other, "*", "n", "1"]] * n, ["INCRBY", "k", "1"])
         for i, n in zip(mine, events, strict=True)
     ]
     answers = await commit(lab, *units, room=(1, 1, 5, ""))
@@ -825,8 +821,7 @@ TX = "bus:tx:p:0"
 
 
 async def transact(lab: Lab, sequence: int, *commands: list[str], room: Any = FAR) -> Any:
-    appends = Counter(c[1] for c in commands if c[0] == "XADD")
-    whole = unit("", *commands, appends=dict(appends))
+    whole = unit("", *commands)
     (answer,) = await commit(lab, whole, owner=str(sequence), group="", keys=(TX,), room=room)
     return answer
 
