@@ -50,7 +50,8 @@ class Condition(msgspec.Struct, eq=False, gc=False):
 def _not_yet() -> NoReturn:
     raise NoReplyYet(
         "the server has not answered yet, and nothing is awaited here: decide with"
-        " when=reply.between(...), .equals(...), .present() or .missing(); after a transaction use reply.value"
+        " when=reply.between(...), .equals(...), .present() or .missing(); after a transaction use"
+        " reply.value"
     )
 
 
@@ -97,13 +98,13 @@ class Reply(msgspec.Struct, eq=False, gc=False):
         return self._is_there(present=False)
 
     def present(self) -> Condition:
-        """Whether there was something. Errors: as `missing`."""
+        """Whether there was something; of other commands, whether they ran at all."""
         return self._is_there(present=True)
 
     def _is_there(self, *, present: bool) -> Condition:
         if self._command in _FLAGS:
             return self._test("equals", "1" if present else "0")
-        if self._command in _MAY_BE_NOTHING:
+        if present or self._command in _MAY_BE_NOTHING:
             return self._test("present" if present else "missing")
         raise InvalidEffect(
             f"{self._command} always has an answer: test it with .equals, .between or .at_least"

@@ -140,7 +140,16 @@ EVENTS: dict[str, Emitted] = {
     "breaker.refund_failed": Emitted(
         _W, ("stream", "group", "count", "error_type", "error"), "attempts not given back yet"
     ),
-    "on_dead.failed": Emitted(_E, (*_ENTRY, *_ERROR), "on_dead raised; the dead letter goes ahead"),
+    "once.failed": Emitted(
+        _W,
+        ("group", "error_type", "error"),
+        "the server does not say what was handled (once=): all of the group wait, and ask again",
+    ),
+    "on_dead.failed": Emitted(
+        _E,
+        (*_ENTRY, *_ERROR),
+        "on_dead raised, was cut off, or not called since the worker stopped; the dead letter stays",
+    ),
     # workers, groups, streams
     "worker.started": Emitted(_I, ("worker", "server", "groups", "streams"), "reads from now on"),
     "worker.stopping": Emitted(_I, ("worker", "reason"), "reads no more, lets handlers finish"),

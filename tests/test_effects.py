@@ -238,6 +238,7 @@ def test_what_is_more_than_a_plain_value_is_written_plainly(effects: Effects) ->
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a score that is no double": (lambda e: e.zadd("z", {"m": 2**53 + 1}), "above 2\\^53"),
     "a bool": (lambda e: e.set("k", True), "whole number"),
     "a bool to count by": (lambda e: e.incrby("k", True), "whole number"),
     "None": (lambda e: e.set("k", None), "not NoneType: encode it first"),
@@ -291,6 +292,20 @@ def test_what_cannot_be_an_effect_is_refused_when_it_is_collected(
     assert [args[0] for _, args in collected(effects)] in ([], ["GET"]), "nothing of it is left"
     assert not effects.sent
     assert not effects.binaries
+
+
+def test_a_number_is_never_missing(effects: Effects) -> None:
+    with pytest.raises(InvalidEffect, match="INCRBY always has an answer"):
+        effects.incrby("n").missing()
+
+
+def test_the_values_of_all_commands_are_bounded(effects: Effects) -> None:
+    """What a script does with them is what the server does nothing else for."""
+    for n in range(5):
+        effects.sadd("s", *range(n * 3_990, (n + 1) * 3_990))
+    with pytest.raises(InvalidEffect, match="20,000 values"):
+        effects.sadd("s", *range(100))
+    assert len(effects) == 5
 
 
 def test_an_unknown_command_is_no_attribute_either(effects: Effects) -> None:
@@ -489,8 +504,15 @@ QUERIES: dict[str, Query] = {
     "an empty text is not missing": Query("SET k v", get(), lambda r: r.missing(), False),
     "present": Query("SET k v", get(), lambda r: r.present(), True),
     "not present": Query("PING", get(), lambda r: r.present(), False),
-    "nought is present": Query(
-        "PING", lambda e: e.exists("k"), lambda r: r.present() & r.equals(0), True
+    "no key is not present": Query("PING", lambda e: e.exists("k"), lambda r: r.present(), False),
+    "no key is missing": Query("PING", lambda e: e.exists("k"), lambda r: r.missing(), True),
+    "a key is present": Query("SET k v", lambda e: e.exists("k"), lambda r: r.present(), True),
+    "a key is not missing": Query("SET k v", lambda e: e.exists("k"), lambda r: r.missing(), False),
+    "no member is missing": Query(
+        "SADD s a", lambda e: e.sismember("s", "b"), lambda r: r.missing(), True
+    ),
+    "a member is present": Query(
+        "SADD s a", lambda e: e.sismember("s", "a"), lambda r: r.present(), True
     ),
     "missing, for nx failed": Query(
         "SET k v", lambda e: e.set("k", 1, nx=True), lambda r: r.missing(), True
@@ -546,7 +568,7 @@ async def test_what_depends_on_what_was_skipped_is_skipped(bus: Bus, redis: Any)
     async with bus.transaction() as change:
         first = change.incrby("a", when=change.get("no such key").present())
         second = change.incrby("b", when=first.at_least(0))
-        third = change.incrby("c", when=second.missing())
+        third = change.incrby("c", when=second.present())
         told = change.publish(Rung(n=1), when=second.present())
         fourth = change.incrby("d")
     assert [r.skipped for r in (first, second, third, told, fourth)] == [True] * 4 + [False]

@@ -10,7 +10,9 @@
     bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
     bus:{document:0}:chore:<name>       string, expires: whose turn that chore is
     bus:{document:0}:pub:<publisher>    string, expires: a publisher's last batch
-    bus:{document:0}:once:<group>:...   string, expires: an event was handled, or by whom it is
+    bus:{document:0}:once:<group>:<run>:<type>:<id>
+                                        string, expires: an event was handled, or which entry of
+                                        it may be; run: of a replay or redrive, else empty
     bus:tx:<publisher>:<n>              string, expires: its last transaction but those under way;
                                         on a Cluster `bus:{<tag>}:tx:...`, beside what it touches
 
@@ -20,6 +22,7 @@ the functions below take the key of either.
 """
 
 from collections.abc import Iterable
+from hashlib import blake2b
 from zlib import crc32
 
 from redis.crc import key_slot
@@ -29,6 +32,7 @@ TOPICS = "bus:topics"
 PROBE = "bus:probe"
 LANE = b"parked:"
 _MOST_DIGITS = 15  # of a time in ms; the year 33658
+_LONGEST_PART = 100  # bytes of what others have named
 
 
 def stream(topic: str, partition: int) -> str:
@@ -90,9 +94,24 @@ def overrun(stream_key: str) -> str:
     return f"{home(stream_key)}:overrun"
 
 
-def once(stream_key: str, group: str, run: str, event_id: str) -> str:
-    """Return the key of the mark that `group` has handled an event; `run`: of a replay, or ""."""
-    return f"{home(stream_key)}:once:{group}:{run}:{event_id}"
+def once(stream_key: str, group: str, run: bytes, event_type: bytes, event_id: bytes) -> str:
+    """Return the key of the mark that `group` has handled an event; `run`: of a replay, or b"".
+
+    What is long, or is no text, has its hash there, and what could be taken for something else.
+    """
+    parts = [_short(run, ":#"), _short(event_type, ":#"), _short(event_id, "#")]
+    return f"{home(stream_key)}:once:{group}:{':'.join(parts)}"
+
+
+def _short(part: bytes, reserved: str) -> str:
+    """Return what stands for `part` in a key; `reserved`: characters that it must not have."""
+    try:
+        text = part.decode()
+    except UnicodeDecodeError:
+        text = None
+    if text is not None and len(part) <= _LONGEST_PART and not any(c in text for c in reserved):
+        return text
+    return "#" + blake2b(part, digest_size=16).hexdigest()
 
 
 def producer(stream_key: str, publisher: str) -> str:

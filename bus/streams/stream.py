@@ -18,7 +18,6 @@ from bus.streams.answers import (
     Fate,
     Limits,
     Looked,
-    Pinned,
     RawEntry,
     Renewed,
     Room,
@@ -30,6 +29,7 @@ from bus.streams.connection import Arg, Connection, Server
 from bus.streams.leases import Leases
 from bus.streams.reader import Reader
 from bus.streams.replies import Reply, ReplyError, row_of
+from bus.streams.results import DONE, by_group, counts, fate_of, pinned, taken_of
 from bus.streams.script import Script
 from bus.telemetry import Telemetry
 
@@ -93,9 +93,9 @@ class StreamStore:
         target = (stream, keys.producer(stream, publisher), keys.overrun(stream))
         reply = await _append.run(self._publishing, target, args, timeout_s)
         first, added, taken, repeated, left, *looked = reply
-        pinned, lost, dropped = looked or ((), (), ())
+        who, lost, dropped = looked or ((), (), ())
         ms, _, low = first.decode().partition("-")
-        room = Room(left, _pinned(pinned), _by_group(lost))
+        room = Room(left, pinned(who), by_group(lost))
         return Appended(
             ms,
             int(low or 0),
@@ -103,7 +103,7 @@ class StreamStore:
             taken,
             bool(repeated),
             room,
-            _counts(dropped),
+            counts(dropped),
         )
 
     async def room(self, stream: str, limits: Limits, entries: int, *, urgent: bool = True) -> Room:
@@ -114,8 +114,8 @@ class StreamStore:
         """
         on = self._publishing if urgent else self.commands
         args: list[Arg] = [limits.keep, limits.most, entries]
-        left, pinned, lost = await _room.run(on, (stream,), args)
-        return Room(left, _pinned(pinned), _by_group(lost))
+        left, who, lost = await _room.run(on, (stream,), args)
+        return Room(left, pinned(who), by_group(lost))
 
     # --- topics
 
@@ -279,14 +279,14 @@ class StreamStore:
         on = self.commands if group else self._publishing
         answers, looked, appended = await _commit.run(on, (*target, *touched), args)
         looks = [
-            Looked(stream.decode(), _pinned(who), _by_group(ghosts), _counts(dropped))
+            Looked(stream.decode(), pinned(who), by_group(ghosts), counts(dropped))
             for stream, who, ghosts, dropped in zip(*(looked[i::4] for i in range(4)), strict=True)
         ]
         if answers.count(1) == len(answers):
-            fates = [_DONE] * len(answers)
+            fates = [DONE] * len(answers)
         else:
-            fates = [_committed(a) for a in answers]
-        return fates, looks, _counts(appended)
+            fates = [fate_of(a) for a in answers]
+        return fates, looks, counts(appended)
 
     async def failed_lately(
         self, stream: str, group: str, count: int
@@ -302,7 +302,7 @@ class StreamStore:
             row = dict(zip(flat[::2], flat[1::2], strict=True))
             if row.get(b"deadreason") == b"effects-failed":
                 error = row.get(b"deaderror", b"").partition(b": ")[2]
-                fate = _committed([Fate.FAILED, error, row.get(b"deadapplied")])
+                fate = fate_of([Fate.FAILED, error, row.get(b"deadapplied")])
                 found[row.get(b"deadentry", b""), row.get(b"deadattempts", b"")] = fate
         return found
 
@@ -361,7 +361,7 @@ class StreamStore:
         Returns how many went, and ghosts met by group. `retain.lua`.
         """
         gone, lost = await _retain.run(self.commands, (stream,), [retention_ms])
-        return gone, _by_group(lost)
+        return gone, by_group(lost)
 
     # --- taking over
 
@@ -370,14 +370,14 @@ class StreamStore:
     ) -> Taken:
         """Take up what is pending for `consumer` and not in `held`; counts stay. `recover.lua`."""
         args: list[Arg] = [group, consumer, most, *held]
-        return _taken(await _recover.run(self.commands, (stream,), args))
+        return taken_of(await _recover.run(self.commands, (stream,), args))
 
     async def take_due(
         self, stream: str, group: str, consumer: str, most: int, lanes: Sequence[bytes]
     ) -> Taken:
         """Take up to `most` entries from due lanes; counts rise. `take_due.lua`."""
         args: list[Arg] = [group, consumer, most, *lanes]
-        return _taken(await _take_due.run(self.commands, (stream,), args))
+        return taken_of(await _take_due.run(self.commands, (stream,), args))
 
     async def take_parked(
         self, stream: str, group: str, consumer: str, entries: Iterable[tuple[bytes, bytes]]
@@ -386,7 +386,7 @@ class StreamStore:
         args: list[Arg] = [group, consumer]
         for lane, entry_id in entries:
             args += (lane, entry_id)
-        return _taken(await _take_parked.run(self.commands, (stream,), args))
+        return taken_of(await _take_parked.run(self.commands, (stream,), args))
 
     async def reclaim(
         self, stream: str, group: str, consumer: str, owner: bytes, most: int, least_idle_ms: int
@@ -397,7 +397,7 @@ class StreamStore:
         """
         args: list[Arg] = [group, consumer, owner, most, least_idle_ms]
         target = (stream, keys.lease(stream, owner))
-        return _taken(await _reclaim.run(self.commands, target, args))
+        return taken_of(await _reclaim.run(self.commands, target, args))
 
     # --- looking back
 
@@ -412,51 +412,3 @@ class StreamStore:
     async def look(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
         """Send commands that only read, in one write; errors are among the replies."""
         return await self._history.pipeline(commands)
-
-
-def _pinned(reply: Reply) -> Pinned | None:
-    if not reply:
-        return None
-    group, floor, pending, lag = reply
-    return Pinned(keys.text(group), floor.decode(), pending, lag if lag >= 0 else None)
-
-
-def _by_group(flat: Sequence[bytes]) -> dict[str, list[str]]:
-    """Return {group: ids} of a flat list of pairs."""
-    found: dict[str, list[str]] = {}
-    for group, entry_id in zip(flat[::2], flat[1::2], strict=True):
-        found.setdefault(keys.text(group), []).append(entry_id.decode())
-    return found
-
-
-def _counts(flat: Sequence[Any]) -> dict[str, int]:
-    """Return {group: number} of a flat list of pairs."""
-    return {keys.text(g): n for g, n in zip(flat[::2], flat[1::2], strict=True)}
-
-
-_DONE, _REFUSED = Committed(Fate.DONE), Committed(Fate.REFUSED)
-
-
-def _committed(answer: Reply) -> Committed:
-    if answer == 1:
-        return _DONE
-    if answer == 0:
-        return _REFUSED
-    if answer[0] == Fate.UNDONE:
-        return Committed(Fate.UNDONE, error=answer[1].decode(errors="replace"))
-    fate, first, second = answer
-    if fate == Fate.FULL:
-        return Committed(Fate.FULL, stream=first.decode(), pinned=_pinned(second))
-    if fate == Fate.FAILED:
-        applied = tuple(second.decode(errors="replace").split("\n")) if second else ()
-        return Committed(Fate.FAILED, error=first.decode(errors="replace"), applied=applied)
-    replies = tuple(
-        (ran > 0, int(reply) if ran > 1 else reply)
-        for ran, reply in zip(first, second, strict=True)
-    )
-    return Committed(Fate.DONE, replies=replies)
-
-
-def _taken(reply: Reply) -> Taken:
-    entries, lost = reply
-    return Taken([(i, c, f) for i, c, f in entries], lost)

@@ -20,7 +20,6 @@ from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Verdict
 from bus.handler import Handler
 from bus.worker.consumer import Consumer
 from bus.worker.executor import BatchEnd, Slot, absorb_cancellation
-from bus.worker.hand import chunks
 
 _EARLY_S = 0.0005  # uvloop's timers count whole milliseconds
 
@@ -103,6 +102,9 @@ class BatchConsumer(Consumer):
                 has_run = False
                 continue
             has_run = True
+            if self._once is not None and now < self._once.held_until:
+                await self._slots.waited(slot, self._once.wait())
+                continue
             if now - buffer[0].checked_at > self._unchecked_s:
                 await self.holding.check(self._unchecked_s)
                 continue
@@ -150,8 +152,7 @@ class BatchConsumer(Consumer):
                 self._put_back([*aside, *batch])
                 return [delivery]
             else:
-                self._ended_otherwise += 1
-                self._settler.settle(self.holding.of(delivery), delivery, verdict)
+                self._end(delivery, verdict)
         if again or not self._may_start(batch, now):
             aside, batch = [*aside, *batch], []
         self._put_back(aside)
@@ -198,15 +199,7 @@ class BatchConsumer(Consumer):
         self, slot: Slot, batch: Sequence[Delivery[Any]]
     ) -> Sequence[Delivery[Any]]:
         """Return those that may be handled now; with `once=` each is asked for, see `once.py`."""
-        if self._once is None:
-            return batch
-        verdicts: list[Verdict | None] = []
-        for part in chunks([*batch]):
-            verdicts += await asyncio.gather(*map(self._once.admit, part))
-        for delivery, verdict in zip(batch, verdicts, strict=True):
-            if verdict is not None:
-                await self._settle(slot, delivery, verdict)
-        return [d for d, v in zip(batch, verdicts, strict=True) if v is None]
+        return batch if self._once is None else await self._once.admitted(slot, batch)
 
     async def _call(self, slot: Slot, batch: Sequence[Delivery[Any]], now: float) -> BatchEnd:
         slot.delivery = batch[0]

@@ -1,5 +1,7 @@
 """One handler at work: a buffer of deliveries and the slots that run them.
 
+What the slots do with what they take is in `singles.py` and `batches.py`.
+
     intake -> buffer -> slots (executor) -> settler
                 ^                     |        |
                 |                   guard      |
@@ -16,16 +18,7 @@ from typing import Any
 
 from bus.committer import Committer
 from bus.config import WAITED_S
-from bus.delivery import (
-    ACK,
-    COMMIT,
-    HAND_BACK,
-    DeadLetter,
-    Delivery,
-    Failure,
-    Publishes,
-    Verdict,
-)
+from bus.delivery import HAND_BACK, DeadLetter, Delivery, Failure, Publishes, Verdict
 from bus.errors import BusError
 from bus.handler import Handler
 from bus.streams.answers import RawEntry, Taken
@@ -54,7 +47,10 @@ _SHORTEST_UNCHECKED_S = 0.1  # below a round trip to a distant server, every che
 
 
 class Consumer:
-    """Runs one handler under one worker name. Started and stopped by the supervisor."""
+    """Runs one handler under one worker name. Started and stopped by the supervisor.
+
+    Of two kinds: `SingleConsumer` and `BatchConsumer`.
+    """
 
     def __init__(
         self,
@@ -87,11 +83,25 @@ class Consumer:
         self._executor = Executor(handler)
         self.holding = Holding(store, handler.group, name, telemetry)
         self.hands = self.holding.hands
-        self._on_dead = OnDead(handler, self._executor, self.holding, bus, telemetry)
+        self._slots = Slots(self.group, concurrency, handler.timeout_s, telemetry)
+        self._on_dead = OnDead(
+            handler,
+            self._executor,
+            self.holding,
+            self._slots,
+            bus,
+            telemetry,
+            self.look_again,
+            most_late=concurrency,
+        )
         self._circuit = Circuit(handler.breaker, concurrency)
         self._pace = Pace(handler.batch or 1)
         self._demand = Demand(
-            concurrency, self.holding, self._circuit, self._pace, lambda: self._settler.is_behind
+            concurrency,
+            self.holding,
+            self._circuit,
+            self._pace,
+            lambda: self._settler.is_behind or self._on_dead.is_behind,
         )
         self._demand.turn_given = lambda: self.turn_given(self)
         self._retries = PromptRetries(
@@ -123,7 +133,17 @@ class Consumer:
             telemetry,
             crowded=crowded,
         )
-        self._once = Once(store, handler.once, telemetry) if handler.once else None
+        self._once: Once | None = None
+        if handler.once:
+            self._once = Once(
+                store,
+                handler.once,
+                self._slots,
+                self._end,
+                self._not_started,
+                telemetry,
+                group=self.group,
+            )
         self._suspects = Suspects(store, name, self.holding, telemetry, self._outcome_unknown)
         self.intake = Intake(
             store,
@@ -134,7 +154,6 @@ class Consumer:
             telemetry,
             block_ms=max(1, int(self._unchecked_s * 500)),
         )
-        self._slots = Slots(self.group, concurrency, handler.timeout_s, telemetry)
         self._stopping = False
         self._closing = False
         self.returned = 0  # calls of the handler that returned; one addition for each, see Circuit
@@ -161,8 +180,8 @@ class Consumer:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is in hand or a verdict is on its way."""
-        return self._settler.has_work or bool(self.holding.held)
+        """Whether anything is in hand, a verdict is on its way or on_dead is told of one."""
+        return self._settler.has_work or bool(self.holding.held) or self._on_dead.runs_late
 
     async def stop_reading(self, intake: "asyncio.Task[None]") -> int:
         """Stop reading and hand back what has not started; return how many that were."""
@@ -170,9 +189,15 @@ class Consumer:
         self._retries.stop()
         await self.intake.stop(intake)
         await self._retries.finish()
-        back = self._hand_back(lambda _: True) + self._guard.stop()
-        # What was reclaimed and not started is left as it is: its count says how often it was
-        # started, and others reclaim it when our lease is gone.
+        return self._give_up() + self._guard.stop()
+
+    def _give_up(self) -> int:
+        """Hand back what waits; return how many that were.
+
+        What was reclaimed and not started is left as it is: its count says how often it was
+        started, and others reclaim it when our lease is gone.
+        """
+        back = self._hand_back(lambda _: True)
         self.holding.forget([*self.holding.buffer, *self.holding.suspects])
         return back
 
@@ -181,21 +206,30 @@ class Consumer:
         self._retries.stop()
         self.intake.quit()
 
+    @property
+    def tells_late(self) -> bool:
+        """Whether on_dead runs, or waits to, for what is a dead letter already."""
+        return self._on_dead.runs_late
+
     async def calls_ended(self) -> None:
-        """Wait until no handler runs."""
-        while self._demand.running:  # noqa: ASYNC110 - at stop only
+        """Wait until neither the handler nor on_dead runs."""
+        while self._demand.running or self._on_dead.runs_late:  # noqa: ASYNC110 - at stop only
             await asyncio.sleep(0.002)
 
     async def verdicts_applied(self) -> None:
-        """Wait until every verdict is with the server."""
+        """Wait until every verdict is with the server, and what came in late is handed back."""
         self._settler.hurry()
-        while self._settler.has_work:  # noqa: ASYNC110 - at stop only
+        stuck = self._demand.running
+        # What fails as its verdict is applied waits for a slot, but none is woken any more.
+        while (  # noqa: ASYNC110 - at stop only
+            self._give_up() or self._settler.has_work or self._demand.running > stuck
+        ):
             await asyncio.sleep(0.002)
         await self._guard.finish()
-        await self._on_dead.finish()
 
     def cancel_calls(self) -> int:
         """Cancel the calls that still run, to be handed back uncounted; return how many."""
+        self._on_dead.give_up()
         return self._slots.cancel_calls()
 
     async def close(self) -> None:
@@ -203,6 +237,7 @@ class Consumer:
         self._closing = self._slots.ending = True
         self._slots.wake_all()
         self._settler.close()
+        self._on_dead.close()
         await self.intake.close()
 
     # --- what comes in
@@ -292,8 +327,7 @@ class Consumer:
             self.holding.buffer.append(delivery)
             self._wake_slots(1)
         elif judged is not None:
-            self._ended_otherwise += 1
-            self._settler.settle(self.holding.of(delivery), delivery, judged)
+            self._end(delivery, judged)
 
     # --- what the guard asks for
 
@@ -310,42 +344,12 @@ class Consumer:
     # --- slots
 
     def _wake_slots(self, entries: int) -> None:
-        self._slots.wake(entries)
+        if not self._stopping:  # what comes in now is handed back
+            self._slots.wake(entries)
 
     async def _slot(self, slot: Slot) -> None:
-        clock = asyncio.get_running_loop().time
-        buffer, turn, circuit = self.holding.buffer, self._turn, self._circuit
-        demand = self._demand
-        has_run = False
-        while True:
-            if not buffer or circuit.blocked:
-                if self._closing:
-                    return
-                await self._rest(slot)
-                continue
-            now = clock()
-            if now > turn.ends:
-                await self._give_way(slot, has_run=has_run)
-                has_run = False
-                continue
-            has_run = True
-            delivery = buffer.popleft()
-            if now - delivery.checked_at > self._unchecked_s:
-                buffer.appendleft(delivery)
-                await self.holding.check(self._unchecked_s)
-                continue
-            demand.running += 1
-            try:
-                if circuit.is_open:
-                    await self._probe(slot, delivery, now)
-                elif delivery.reclaimed or delivery.condemned is not None:
-                    await self._handle_other(slot, delivery, now)
-                else:
-                    await self._handle(slot, delivery, now)
-            finally:
-                demand.running -= 1
-            if self.intake.waits and len(buffer) <= self._pace.low_water:
-                self.intake.look_again()
+        """Take what waits and handle it, until closed."""
+        raise NotImplementedError
 
     async def _rest(self, slot: Slot) -> None:
         """Wait until there may be something to start."""
@@ -361,29 +365,7 @@ class Consumer:
 
     async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> Verdict | None:
         """Handle and settle one; return how the call ended, None if there was none."""
-        verdict = self._executor.triage(delivery)
-        if verdict is None and self._once is not None:
-            verdict = await self._once.admit(delivery)
-        if verdict is not None:
-            await self._settle(slot, delivery, verdict)
-            return None
-        slot.delivery = delivery
-        slot.started_at = now
-        verdict = await self._executor.call(slot, delivery)
-        slot.started_at = 0.0
-        if slot.task is not None and slot.task.cancelling():
-            await self._end_cancelled(slot.task, delivery, verdict)
-        if verdict is ACK or verdict is COMMIT:
-            self.returned += 1
-            if verdict is ACK:
-                self._settler.ack(delivery)
-            else:
-                self._settler.settle(self.holding.of(delivery), delivery, verdict)
-            if self._circuit.on_probation:
-                self._circuit.vouch(now, parked=delivery.parked)
-        elif (judged := self._guard.judge(delivery, verdict, now)) is not None:
-            await self._settle(slot, delivery, judged)
-        return verdict
+        raise NotImplementedError
 
     async def _probe(self, slot: Slot, delivery: Delivery[Any], now: float) -> None:
         """Try one while the circuit is open."""
@@ -410,6 +392,13 @@ class Consumer:
         run = partial(self._handle_counted, slot, delivery, probe=self._circuit.is_open)
         return await self._suspects.start(delivery, run)
 
+    def _not_started(self, delivery: Delivery[Any]) -> None:
+        """Put one back that was taken and could not start: it is looked at as any other."""
+        if self._stopping:
+            self._settler.settle(self.holding.of(delivery), delivery, HAND_BACK)
+        else:
+            self.holding.buffer.appendleft(delivery)
+
     async def _handle_counted(
         self, slot: Slot, delivery: Delivery[Any], *, probe: bool
     ) -> Verdict | None:
@@ -419,7 +408,12 @@ class Consumer:
         if stopped_for_long or (self._circuit.is_open and not probe):
             self.holding.buffer.appendleft(delivery)  # as any other: asked for before it runs
             return None
-        return await self._handle(slot, delivery, now)
+        verdict = await self._handle(slot, delivery, now)
+        if verdict is None and not delivery.settled:
+            # It was put back: a suspect as before, whose start is counted with the same number.
+            delivery.reclaimed = True
+            delivery.attempt -= 1
+        return verdict
 
     async def _settle(self, slot: Slot, delivery: Delivery[Any], verdict: Verdict) -> None:
         if isinstance(verdict, DeadLetter):
@@ -427,6 +421,10 @@ class Consumer:
                 return
             if slot.task is not None and slot.task.cancelling():
                 await self._end_cancelled(slot.task, delivery, verdict)
+        self._end(delivery, verdict)
+
+    def _end(self, delivery: Delivery[Any], verdict: Verdict) -> None:
+        """Settle one whose handler was not called, or did not return."""
         self._ended_otherwise += 1
         self._settler.settle(self.holding.of(delivery), delivery, verdict)
 
@@ -445,9 +443,11 @@ class Consumer:
         """Enforce timeout_s, and hand back what has waited too long: one tick for all slots."""
         self._slots.look_after(now)
         since = now - self._patience_s
+        waits_for_server = self._once is not None and self._once.is_held_up
         if (
             self.holding.buffer
             and self._demand.all_busy
+            and not waits_for_server
             and self._hand_back(lambda d: d.received_at < since and d.condemned is None)
         ):
             self._pace.forget()

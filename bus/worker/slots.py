@@ -3,11 +3,13 @@
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from bus.telemetry import Telemetry
 from bus.worker.executor import Slot, SlotTask, absorb_cancellation
 from bus.worker.hand import names_of
+
+T = TypeVar("T")
 
 
 class Slots:
@@ -55,16 +57,28 @@ class Slots:
         self._idle.append(waiter)
         return waiter
 
-    async def waited(self, slot: Slot, until: Awaitable[None]) -> None:
-        """Wait between two calls; a cancellation that was meant for the last one is void."""
+    async def waited(self, slot: Slot, until: Awaitable[T]) -> T | None:
+        """Wait between two calls and return what came; None if cancelled, which ends no slot.
+
+        Such a cancellation was meant for the last call.
+        """
         try:
-            await until
+            return await until
         except asyncio.CancelledError:
             if slot.task is None or slot.task.torn_down or self.ending:
                 raise
             await absorb_cancellation(slot.task)
+            return None
 
     # --- cancelling calls
+
+    def add(self, slot: Slot) -> None:
+        """Look after the call of one more, which runs beside those that were started here."""
+        self._all.append(slot)
+
+    def remove(self, slot: Slot) -> None:
+        """Look after it no more."""
+        self._all.remove(slot)
 
     def cancel_calls(self) -> int:
         """Cancel the calls that still run, to be handed back uncounted; return how many."""

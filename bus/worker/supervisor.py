@@ -41,6 +41,7 @@ from bus.worker.janitor import Janitor, JanitorsBus
 from bus.worker.lease import Lease
 from bus.worker.pressure import Pressure
 from bus.worker.reclaimer import Reclaimer
+from bus.worker.singles import SingleConsumer
 from bus.worker.turn import Turn
 
 _TICK_S = 0.05  # how exactly timeout_s is kept
@@ -101,8 +102,8 @@ class Worker:
             bus.topics.declare(topic)
         turn = Turn()
         crowded: set[str] = set()  # streams that are nearly full, see Pressure
-        self._consumers = [
-            (BatchConsumer if handler.batch else Consumer)(
+        self._consumers: list[Consumer] = [
+            (BatchConsumer if handler.batch else SingleConsumer)(
                 handler,
                 self.name,
                 self._store,
@@ -313,12 +314,14 @@ class Worker:
     async def stop(self, reason: str = "stop") -> None:
         """Drain: read no more, hand back what has not started, let the rest finish, say goodbye.
 
-        What runs longer than `grace_s` is cancelled and handed back, its attempt not counted.
+        What runs longer than `grace_s` is cancelled and handed back, its attempt not counted. The
+        same time is what `on_dead` gets, where it is told only now.
         """
         if self._stopped:
             return
         self._stopped = True
         self._telemetry.emit("worker.stopping", worker=self.name, reason=reason)
+        loop = asyncio.get_running_loop()
         # First nothing more comes in by any way, then what has not started is handed back.
         self._reclaimer.stop()
         if self._sweeping is not None:
@@ -326,11 +329,11 @@ class Worker:
         handed_back = sum(
             await asyncio.gather(*(c.stop_reading(t) for c, t in self._intakes.items()))
         )
-        cancelled = 0
-        if not await self._all(Consumer.calls_ended, self._grace_s):
-            cancelled = sum(c.cancel_calls() for c in self._consumers)
-            await self._all(Consumer.calls_ended, _STUCK_S)
+        grace_ends = loop.time() + self._grace_s
+        cancelled = await self._end_calls(grace_ends)
         await self._all(Consumer.verdicts_applied, _FLUSH_S)
+        if any(c.tells_late for c in self._consumers):  # effects failed as they were applied
+            cancelled += await self._end_calls(grace_ends)
         for consumer in self._consumers:
             await consumer.close()
         await self._cancel_tasks()
@@ -339,6 +342,15 @@ class Worker:
         self._telemetry.emit(
             "worker.stopped", worker=self.name, handed_back=handed_back, cancelled=cancelled
         )
+
+    async def _end_calls(self, grace_ends: float) -> int:
+        """Let calls end until then, and cancel the rest; return how many that were."""
+        left_s = grace_ends - asyncio.get_running_loop().time()
+        if await self._all(Consumer.calls_ended, max(0.0, left_s)):
+            return 0
+        cancelled = sum(c.cancel_calls() for c in self._consumers)
+        await self._all(Consumer.calls_ended, _STUCK_S)
+        return cancelled
 
     async def _all(self, step: Callable[[Consumer], Awaitable[None]], within_s: float) -> bool:
         try:
@@ -384,7 +396,8 @@ class Worker:
     @property
     def stuck(self) -> bool:
         """Whether tasks are left after `stop` because their handlers ignore cancellation."""
-        return self._stopped and bool(self._tasks)
+        left_behind = bool(self._tasks) or any(c.tells_late for c in self._consumers)
+        return self._stopped and left_behind
 
     async def __aenter__(self) -> Self:
         """Start."""

@@ -73,8 +73,8 @@ async def test_an_event_published_twice_is_handled_once(url: str) -> None:
             await worker.drained(20)
         assert len(ran) == 2
         assert await marks(bus) == {
-            f"{STREAM}:once:{GROUP}::one": b"done",
-            f"{STREAM}:once:{GROUP}::two": b"done",
+            f"{STREAM}:once:{GROUP}::parcel.sent:one": b"done",
+            f"{STREAM}:once:{GROUP}::parcel.sent:two": b"done",
         }
 
 
@@ -145,7 +145,12 @@ async def test_a_delivery_that_crashed_goes_on_by_itself(valkey_url: str) -> Non
         await bus.redis.xgroup_create(STREAM, GROUP, id="0")
         await bus.redis.xreadgroup(GROUP, "gone", {STREAM: ">"})
         claimed = await bus.store.claim(
-            keys.once(STREAM, GROUP, "", "one"), STREAM, STREAM, GROUP, receipt.entry_id.encode(), 9
+            keys.once(STREAM, GROUP, b"", b"parcel.sent", b"one"),
+            STREAM,
+            STREAM,
+            GROUP,
+            receipt.entry_id.encode(),
+            9,
         )
         assert claimed == 1
         async with Worker(bus, [delivering(ran, visibility_s=0.3)]) as worker:
@@ -250,7 +255,7 @@ async def test_a_mark_of_another_type_is_waited_for_not_handled_twice(valkey_url
     ran: list[tuple[str, int]] = []
     async with Bus.connect(valkey_url) as bus:
         told = Witness(bus)
-        mark = keys.once(STREAM, GROUP, "", "one")
+        mark = keys.once(STREAM, GROUP, b"", b"parcel.sent", b"one")
         await bus.redis.sadd(mark, "not a string")
         await bus.publish(Parcel(house="a"), event_id="one")
         async with Worker(bus, [delivering(ran)]) as worker:

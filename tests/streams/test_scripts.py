@@ -741,10 +741,21 @@ async def test_types_are_looked_at_before_the_first_write(lab):
     first = unit(mine[0], ["SET", "k", "1"], ["INCRBY", "list", "1"], types=("list", "string"))
     second = unit(mine[1], ["SET", "l", "1"], types=("list", "list", "none such", "hash"))
     answers = await commit(lab, first, second)
-    assert answers == [[3, b"WRONGTYPE list is a list, not a string", b""], 1]
+    assert answers == [[4, b"WRONGTYPE list is a list, not a string"], 1]
     assert (await lab.redis.exists("k"), await lab.redis.exists("l")) == (0, 1)
-    ((_, letter),) = await lab.redis.xrange(DEAD)
-    assert (letter[b"deadentry"], letter[b"deadapplied"], letter[b"n"]) == (mine[0], b"", b"0")
+    assert not await lab.redis.exists(DEAD)
+    assert set(await lab.pending()) == {mine[0]}, "a failed attempt, for the worker to judge"
+
+
+async def test_a_first_command_that_fails_leaves_its_delivery_to_the_worker(lab):
+    mine = await lab.read("me", 2)
+    await lab.redis.set("text", "many")
+    steps = [["GET", "text"], ["INCRBY", "text", "1"], ["SET", "b", "1"]]
+    first, second = await commit(lab, unit(mine[0], *steps), unit(mine[1], ["SET", "c", "1"]))
+    assert (first[0], second) == (4, 1)
+    assert first[1].startswith(b"INCRBY text: ")
+    assert not await lab.redis.exists(DEAD, "b")
+    assert set(await lab.pending()) == {mine[0]}
 
 
 async def test_a_command_that_fails_ends_its_delivery_and_no_other(lab):
@@ -763,13 +774,18 @@ async def test_a_command_that_fails_ends_its_delivery_and_no_other(lab):
     assert (letter[b"deadattempts"], letter[b"deadapplied"]) == (b"4", b"SET a")
 
 
-async def test_where_dead_letters_cannot_go_nothing_is_applied(lab):
-    (mine,) = await lab.read("me", 1)
+async def test_what_failed_half_way_and_cannot_be_buried_never_runs_again(lab):
+    """Not even by itself: it stays pending in a lane that is never due. Nobody else is held up."""
+    mine = await lab.read("me", 2)
     await lab.redis.set(DEAD, "a string")
-    with pytest.raises(ResponseError, match=r"WRONGTYPE bus:\{lab:0\}:dead:g is a string"):
-        await commit(lab, unit(mine, ["INCRBY", "k", "1"]))
-    assert not await lab.redis.exists("k")
-    assert set(await lab.pending()) == {mine}
+    await lab.redis.set("text", "many")
+    steps = [["SET", "a", "1"], ["INCRBY", "text", "1"]]
+    first, second = await commit(lab, unit(mine[0], *steps), unit(mine[1], ["SET", "c", "1"]))
+    assert (first[0], first[2], second) == (3, b"SET a", 1)
+    rows = await lab.redis.xpending_range(STREAM, GROUP, "-", "+", 9)
+    assert [(r["message_id"], r["consumer"]) for r in rows] == [
+        (mine[0], b"parked:999999999999999")
+    ]
 
 
 async def test_a_wide_entry_becomes_a_dead_letter_in_one_field(lab):
@@ -777,7 +793,7 @@ async def test_a_wide_entry_becomes_a_dead_letter_in_one_field(lab):
     await lab.redis.execute_command("XADD", STREAM, "*", *flat)
     ((_, ((mine, _),)),) = await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"})
     await lab.redis.set("text", "many")
-    await commit(lab, unit(mine, ["INCRBY", "text", "1"]))
+    await commit(lab, unit(mine, ["SET", "a", "1"], ["INCRBY", "text", "1"]))
     ((_, letter),) = await lab.redis.xrange(DEAD)
     assert msgspec.msgpack.decode(letter[b"deadfields"]) == flat
 

@@ -20,7 +20,7 @@
 --         nothing was done; {1, ran, replies} of a transaction.
 --         ran, per command: 1 yes, 0 no, 2 yes, and its reply is a whole number written as text.
 -- Error   STALE: a later batch of this sender was applied before. OOM, READONLY, ...: the server
---         takes no writes, and nothing was done at all.
+--         takes no writes; NOPERM: the user may not, in a transaction. Nothing was done at all.
 -- Atomic  because that is the promise.
 -- include _owned
 local group, owner, transaction = ARGV[1], ARGV[2], ARGV[1] == ''
@@ -54,6 +54,9 @@ local function unwritten(err)
   if wrote then return false end
   for _, code in ipairs({'OOM ', 'READONLY ', 'MISCONF ', 'NOREPLICAS '}) do
     if string.find(err, code, 1, true) then return true end
+  end
+  for _, code in ipairs({'NOPERM ', 'ACL failure', "executing the script can't"}) do
+    if transaction and string.find(err, code, 1, true) then return true end
   end
   return false
 end
