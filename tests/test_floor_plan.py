@@ -19,7 +19,10 @@ PACKAGE = ROOT / "bus"
 # From the upper floor to the lower; a module may import from its own floor and those above it.
 FLOORS = [
     # vocabulary: pure, no I/O
-    "event effects reply scope topic delivery handler signature backoff breaker errors config telemetry",
+    (
+        "event topic delivery handler signature backoff breaker errors config telemetry"
+        " effects reply scope"
+    ),
     "streams",  # everything that speaks Redis
     "publisher sender shortage causes committer transaction hooks",  # the way in
     "worker",  # the way out

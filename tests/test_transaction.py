@@ -30,9 +30,11 @@ from bus import (
     WrongKeyType,
     event_handler,
 )
+from bus.streams import stream as verbs
 from bus.streams.connection import ConnectionLost
 from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
+from tests.faults.proxy import Proxy, digest
 from tests.servers import ask
 from tests.witness import Witness, eventually
 
@@ -602,3 +604,32 @@ async def test_a_caller_told_unknown_may_look_at_the_state(url, monkeypatch):
             await sell(bus, 1)
         monkeypatch.undo()
         assert await bus.redis.get("sold") == b"1"
+
+
+async def test_what_was_read_is_not_kept_on_the_server(url, redis):
+    """The memory is there to recognise a repeat, not to hold megabytes for ten minutes."""
+    await redis.set("large", "x" * 1_000_000)
+    async with Bus.connect(url) as bus:
+        async with bus.transaction() as change:
+            large = change.get("large")
+        assert len(large.value) == 1_000_000
+        assert await redis.keys("bus:tx:*") == [], "nothing was written: nothing to repeat"
+        async with bus.transaction() as change:
+            large = change.get("large")
+            change.incrby("k")
+        assert len(large.value) == 1_000_000
+        (memory,) = await redis.keys("bus:tx:*")
+        assert await redis.strlen(memory) < 200
+
+
+async def test_a_repeat_reads_again_what_was_too_long_to_be_kept(server, redis):
+    await redis.set("large", "x" * 10_000)
+    async with Proxy(server.port) as proxy, Bus.connect(proxy.url) as bus:
+        proxy.lose(digest(verbs._commit), 2)
+        async with bus.transaction() as change:
+            large = change.get("large")
+            short = change.incrby("k")
+            told = change.hget("none", "such")
+        assert proxy.lost == 2
+        assert (large.value, short.value, told.value) == (b"x" * 10_000, 1, None)
+    assert await redis.get("k") == b"1"

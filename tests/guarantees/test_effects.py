@@ -348,7 +348,7 @@ async def test_a_key_that_the_user_may_not_use_is_the_failure_of_its_delivery_al
 
     handle = books.handler.call
     books.handler = replace(books.handler, call=forbidden)
-    async with at_work(backend, books) as (bus, witness, worker):
+    async with at_work(backend, books) as (bus, _, worker):
         await bus.publish_many([Paid(n=n) for n in range(1, 61)])
         await eventually(lambda: len(books.runs) == 60)
         books.go_on.set()
@@ -359,6 +359,83 @@ async def test_a_key_that_the_user_may_not_use_is_the_failure_of_its_delivery_al
         assert {f["deadreason"] for f in letters} == {b"failed"}
         assert all(b"secret" in f["deaderror"] for f in letters)
     await backend.close()
+
+
+async def test_a_transaction_in_a_handler_that_failed_half_way_is_not_repeated(
+    backend: Backend,
+) -> None:
+    runs: list[int] = []
+
+    @event_handler(Paid, group="pays", breaker=None, backoff=SOON)
+    async def handle(event: Paid, delivery: Delivery[Paid]) -> None:
+        runs.append(delivery.attempt)
+        async with delivery.bus.transaction() as change:
+            if event.n == 1:
+                change.incrby("paid", 10)
+            change.incrby("a text")
+
+    await backend.redis.set("a text", "many")
+    async with backend.bus() as (bus, _), Worker(bus, [handle]) as worker:
+        await bus.publish(Paid(n=1))
+        await worker.drained()
+        assert (await backend.redis.get("paid"), runs) == (b"10", [1])
+        (letter,) = await backend.dead(STREAM, "pays")
+        assert letter["deadreason"] == b"effects-failed"
+        assert b"INCRBY paid" in letter["deaderror"]
+        runs.clear()
+        await bus.publish(Paid(n=2))  # of this one nothing is applied: it may be tried again
+        await worker.drained()
+        assert runs == [1, 2, 3, 4, 5]
+
+
+async def test_events_that_may_not_come_take_no_room_from_others(backend: Backend) -> None:
+    """One place is left in the reserve; a hundred deliveries might need it, and none does."""
+
+    @event_handler(Paid, group="warns", concurrency=100)
+    async def handle(event: Paid, delivery: Delivery[Paid]) -> None:
+        left = delivery.effects.incrby("left", -1)
+        for n in range(5):
+            delivery.effects.publish(Booked(key="k", n=n), when=left.at_most(-1_000))
+
+    small = Topic("booking", maxlen=12, keep=2)
+    async with backend.bus(topics=[small]) as (bus, witness):
+        out = "bus:{booking:0}"
+        await backend.redis.xgroup_create(out, "sloth", "0", mkstream=True)
+        async with Worker(bus, [handle]) as worker:
+            await bus.publish(Paid(n=0))
+            await worker.drained()
+            for n in range(12 + 1_000 - 5):
+                await backend.redis.xadd(out, {"n": n})
+            await bus.publish_many([Paid(n=n) for n in range(100)])
+            await worker.drained()
+            assert await backend.redis.get("left") == b"-101"
+            assert witness.of("delivery.postponed") == []
+            assert await backend.redis.xlen(out) == 12 + 1_000 - 5
+
+
+async def test_events_that_did_not_come_drop_nothing(backend: Backend) -> None:
+    @event_handler(Paid, group="warns")
+    async def handle(event: Paid, delivery: Delivery[Paid]) -> None:
+        left = delivery.effects.incrby("left", -1)
+        delivery.effects.publish(Booked(key="k", n=event.n), when=left.equals(-event.n))
+
+    small = Topic("booking", maxlen=12, keep=2, on_full="drop_oldest")
+    async with backend.bus(topics=[small]) as (bus, witness):
+        out = "bus:{booking:0}"
+        await backend.redis.xgroup_create(out, "sloth", "0", mkstream=True)
+        async with Worker(bus, [handle]) as worker:
+            most = 12 + 1_000
+            for n in range(most):
+                await backend.redis.xadd(out, {"n": n})
+            await bus.publish_many([Paid(n=-1) for n in range(50)])
+            await worker.drained()
+            assert await backend.redis.xlen(out) == most
+            assert witness.of("delivery.overrun") == []
+            await bus.publish(Paid(n=51))
+            await worker.drained()
+            assert await backend.redis.xlen(out) == most, "one came, and one went"
+            ((_, fields),) = await backend.redis.xrevrange(out, count=1)
+            assert json.loads(fields[b"data"])["n"] == 51
 
 
 async def test_what_failed_half_way_is_a_whole_dead_letter(backend: Backend) -> None:

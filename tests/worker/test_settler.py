@@ -311,7 +311,7 @@ async def test_whatever_the_verdict_nothing_is_collected_after_it(
 async def test_effects_that_wait_count_as_verdicts_that_hold_up_reading(
     bus: Bus, backend: Backend
 ) -> None:
-    hand = Hand("g", STREAM, STREAM, None, envelope_of)  # type: ignore[arg-type]
+    hand = Hand("g", STREAM, STREAM, bus, envelope_of)
     settler = Settler(
         bus.store, "me", {STREAM: hand}, Telemetry(), lambda *_: None, lambda: None, None
     )  # type: ignore[arg-type]
@@ -319,3 +319,17 @@ async def test_effects_that_wait_count_as_verdicts_that_hold_up_reading(
         assert not settler.is_behind
         settler.settle(hand, Delivery(hand, b"%d-1" % n, [], 1, 0.0), COMMIT)
     assert settler.is_behind
+
+
+async def test_large_effects_that_wait_hold_up_reading_before_they_are_many(
+    bus: Bus, backend: Backend
+) -> None:
+    hand = Hand("g", STREAM, STREAM, bus, envelope_of)
+    settler = Settler(
+        bus.store, "me", {STREAM: hand}, Telemetry(), lambda *_: None, lambda: None, None
+    )  # type: ignore[arg-type]
+    for n in range(40):
+        assert settler.is_behind is (n > 32), n
+        delivery: Delivery[Any] = Delivery(hand, b"%d-1" % n, [], 1, 0.0)
+        delivery.effects.set("k", "x" * 1_040_000)
+        settler.settle(hand, delivery, COMMIT)
