@@ -185,17 +185,19 @@ class Settler:
     async def _apply_commits(self, hand: Hand) -> bool:
         commits, hand.commits = hand.commits, []
         hand.committing = len(commits)
-        failed: list[Delivery[Any]] = []
-        for part in together(commits):
-            ids = [d.entry_id for d in part]
-            apply = partial(self._commits.apply, hand, part, self._came_through)
-            if failed or not await self._attempt(hand, ids, apply):
-                failed += part
+        parts = list(together(commits))
+        # All at once: while the server is at one, the next is on its way, and the loop is ours.
+        done = await asyncio.gather(*(self._apply_part(hand, part) for part in parts))
+        failed = [d for part, ok in zip(parts, done, strict=True) if not ok for d in part]
         hand.commits += failed
         hand.committing = 0
         hand.commit_bytes = sum(d.effects.bytes for d in hand.commits)
         hand.commits_pause.after(ok=not failed)
         return not failed
+
+    async def _apply_part(self, hand: Hand, part: Sequence[Delivery[Any]]) -> bool:
+        apply = partial(self._commits.apply, hand, part, self._came_through)
+        return await self._attempt(hand, [d.entry_id for d in part], apply)
 
     async def _apply_parks(self, hand: Hand) -> bool:
         parks, hand.parks = hand.parks, []
