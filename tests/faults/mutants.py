@@ -106,13 +106,14 @@ MUTANTS: dict[str, Callable[[], None]] = {
         "if transaction or mine[id] then", "if transaction or mine then"
     ),
     "a transaction is not remembered": Rewrite(
-        "if last[1] == owner then return", "if last[1] == '' then return"
+        "    if last == owner then\n", "    if last == '' then\n"
     ),
     "what failed half way is not acked": Rewrite(
-        "        done[#done + 1] = id\n", "        if not wrong then done[#done + 1] = id end\n"
+        "if bury(id, attempt, origin, answer[2], stays) then done[#done + 1] = id end",
+        "bury(id, attempt, origin, answer[2], stays)",
     ),
     "the dead letter of what failed half way is forgotten": Rewrite(
-        "if not transaction then bury(id, attempt, origin, wrong, answer[3]) end", ""
+        "if bury(id, attempt, origin, answer[2], stays) then done", "if true then done"
     ),
     "a command that failed is no failure": Rewrite(
         "wrong = args[1] .. ' '", "local ignored = args[1] .. ' '"
