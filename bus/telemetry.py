@@ -148,7 +148,7 @@ EVENTS: dict[str, Emitted] = {
     "on_dead.failed": Emitted(
         _E,
         (*_ENTRY, *_ERROR),
-        "on_dead raised, was cut off, or not called since the worker stopped; the dead letter stays",
+        "on_dead raised, was cut off, or not called as the worker stopped; the dead letter stays",
     ),
     # workers, groups, streams
     "worker.started": Emitted(_I, ("worker", "server", "groups", "streams"), "reads from now on"),

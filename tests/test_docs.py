@@ -67,6 +67,32 @@ def test_the_batch_handler_adds_up_what_it_did_not_reject(valkey_url: str, tmp_p
     assert run(script, valkey_url) == "12\n"
 
 
+def test_the_account_is_booked_and_renamed_once(valkey_url: str, tmp_path: Path) -> None:
+    code = blocks(README)
+    hello = code["hello"].replace("import Bus,", "import Bus, Delivery,")
+    top, _, rest = hello.partition("@event_handler")
+    main = "async def main" + rest.partition("async def main")[2]
+    events = "[OrderPaid(order_id=str(c), cents=c) for c in (5, 1, 7)]"
+    main = main.replace("[send_receipt]", "[book]").replace(
+        'bus.publish(OrderPaid(order_id="o-1", cents=1250))', f"bus.publish_many({events})"
+    )
+    looks = (
+        "print(await rename(bus, '7', 'Ann'), await rename(bus, '8', 'Bo'))",
+        "print(sorted((await bus.redis.hgetall('account:7')).items()))",
+        "print([e.event async for e in bus.history('account')])",
+    )
+    drained = "await worker.drained(timeout_s=10)"
+    assert drained in main
+    main = main.replace(drained, "\n            ".join((drained, *looks)))
+    script = tmp_path / "effects.py"
+    script.write_text(top + code["effects"] + "\n\n" + main, encoding="utf-8")
+    assert run(script, valkey_url).splitlines() == [
+        "True False",
+        "[(b'cents', b'-13'), (b'name', b'Ann')]",
+        "[AccountEmpty(account='7')]",
+    ]
+
+
 def test_the_application_is_used_as_written(valkey_url: str, tmp_path: Path) -> None:
     script = tmp_path / "application.py"
     script.write_text(blocks(README)["application"], encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Handlers with `once=` while the server does not say what was handled: they wait, nothing moves."""
+"""Handlers with `once=` while the server does not say what was handled: they wait where they are."""
 
 from __future__ import annotations
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from redis.asyncio import Redis
 
 from bus import Backoff, Bus, Delivery, Event, Reject, Worker, event_handler
 from bus.streams import keys
@@ -23,6 +26,10 @@ HOUR = timedelta(hours=1)
 class Parcel(Event, type="parcel.sent", key="house"):
     house: str
     how: str = "well"
+
+
+class Returned(Event, type="parcel.returned", key="house"):
+    house: str
 
 
 @pytest.fixture(autouse=True)
@@ -219,6 +226,42 @@ async def test_any_event_id_will_do(valkey_url: str, event_id: str) -> None:
         assert all(len(key) < 200 for key in await marks(bus))
 
 
+@pytest.mark.parametrize("batch", [None, 10])
+async def test_events_of_two_types_are_two_events(url: str, batch: int | None) -> None:
+    """Whoever takes an order's number for the id of all that befalls it loses none of it."""
+    ran: list[str] = []
+
+    @event_handler("parcel.*", group=GROUP, once=HOUR)
+    async def deliver(_: Event, delivery: Delivery[Any]) -> None:
+        ran.append(delivery.envelope.type)
+
+    @event_handler("parcel.*", group=GROUP, once=HOUR, batch=10, batch_wait_ms=10)
+    async def deliver_many(deliveries: list[Delivery[Any]]) -> None:
+        ran.extend(d.envelope.type for d in deliveries)
+
+    async with Bus.connect(url) as bus:
+        for _ in range(2):
+            await bus.publish(Parcel(house="a"), event_id="order-1")
+            await bus.publish(Returned(house="a"), event_id="order-1")
+        async with Worker(bus, [deliver if batch is None else deliver_many]) as worker:
+            await worker.drained(20)
+        assert sorted(ran) == ["parcel.returned", "parcel.sent"]
+        assert sorted(await marks(bus)) == [
+            f"{STREAM}:once:{GROUP}::parcel.returned:order-1",
+            f"{STREAM}:once:{GROUP}::parcel.sent:order-1",
+        ]
+
+
+async def test_one_id_from_two_sources_is_one_event(valkey_url: str) -> None:
+    ran: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus:
+        for source in ("shop", "depot"):
+            await bus.publish(Parcel(house="a"), event_id="one", source=source)
+        async with Worker(bus, [delivering(ran)]) as worker:
+            await worker.drained(20)
+    assert len(ran) == 1
+
+
 async def test_the_mark_expires(valkey_url: str) -> None:
     ran: list[tuple[str, int]] = []
     async with Bus.connect(valkey_url) as bus:
@@ -266,3 +309,83 @@ async def test_a_mark_of_another_type_is_waited_for_not_handled_twice(valkey_url
             await bus.redis.delete(mark)
             await worker.drained(20)
     assert len(ran) == 1
+
+
+IDS = 400
+
+
+async def cut_connections(url: str, dice: random.Random, cut: list[str]) -> None:
+    """Cut one or two of all connections but our own, again and again; note which in `cut`."""
+    async with Redis.from_url(url, single_connection_client=True) as redis:
+        me = await redis.client_id()
+        while True:
+            others = [c["id"] for c in await redis.client_list() if int(c["id"]) != me]
+            for victim in dice.sample(others, min(2, len(others))):
+                await redis.client_kill_filter(_id=victim)
+                cut.append(victim)
+            await asyncio.sleep(dice.uniform(0.02, 0.08))
+
+
+@pytest.mark.parametrize("batch", [None, 20], ids=["single", "batch"])
+async def test_in_a_storm_each_event_takes_effect_once(url: str, batch: int | None) -> None:
+    """Two workers, duplicates all over, calls that fail, connections that are cut."""
+    dice = random.Random(f"{url} {batch}")
+    running: set[str] = set()
+    twice: list[str] = []
+    calls: Counter[str] = Counter()
+
+    async def run(deliveries: list[Delivery[Any]]) -> None:
+        """Do what a handler does, for all of them; some of the calls fail."""
+        ids = [d.envelope.event_id for d in deliveries]
+        calls.update(ids)
+        twice.extend(i for i in ids if i in running)
+        running.update(ids)
+        try:
+            for delivery, event_id in zip(deliveries, ids, strict=True):
+                delivery.effects.hincrby("runs", event_id)
+            await asyncio.sleep(dice.uniform(0, 0.01))
+            if dice.random() < 0.2:
+                raise ValueError("nobody at home")
+        finally:
+            running.difference_update(ids)
+
+    settings: dict[str, Any] = {
+        "group": GROUP,
+        "once": HOUR,
+        "concurrency": 8,
+        "breaker": None,
+        "max_attempts": 100,
+        "backoff": Backoff(base_s=0.02, factor=1.0, jitter=0.5),
+    }
+
+    @event_handler(Parcel, **settings)
+    async def deliver(_: Parcel, delivery: Delivery[Parcel]) -> None:
+        await run([delivery])
+
+    @event_handler(Parcel, **settings, batch=20, batch_wait_ms=5)
+    async def deliver_many(deliveries: list[Delivery[Any]]) -> None:
+        await run(deliveries)
+
+    handler = deliver if batch is None else deliver_many
+    ids = [f"id-{n}" for n in range(IDS)]
+    published = [*ids, *dice.choices(ids, k=IDS + 10)]
+    dice.shuffle(published)
+    parts = [published[n : n + 20] for n in range(0, len(published), 20)]
+    cut: list[str] = []
+    async with Bus.connect(url) as bus, Bus.connect(url) as other:
+        async with Worker(bus, [handler]) as worker, Worker(other, [handler]) as second:
+            cutting = asyncio.create_task(cut_connections(url, dice, cut))
+            for n, part in enumerate(parts):
+                await asyncio.gather(
+                    *(bus.publish(Parcel(house="a"), event_id=event_id) for event_id in part)
+                )
+                await eventually(lambda n=n: len(cut) > 2 * n)
+            cutting.cancel()
+            await asyncio.wait([cutting])
+            await worker.drained()
+            await second.drained()
+        runs = {k.decode(): int(n) for k, n in (await bus.redis.hgetall("runs")).items()}
+        assert runs == dict.fromkeys(ids, 1)
+        assert twice == []
+        assert calls.total() > len(runs), "some have failed at first"
+        assert await bus.redis.xlen(keys.dead(STREAM, GROUP)) == 0

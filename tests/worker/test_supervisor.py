@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Bus, BusError, DeclarationError, Delivery, Worker, event_handler
+from bus import Breaker, Bus, BusError, DeclarationError, Delivery, Worker, event_handler
+from bus.streams.answers import Taken
 from bus.worker import reclaimer
 from bus.worker.consumer import Consumer
+from bus.worker.singles import SingleConsumer
 from tests.faults.proxy import Proxy
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
@@ -249,6 +251,74 @@ async def test_a_handler_that_ignores_the_end_of_the_grace_cannot_hang_the_stop(
     await asyncio.wait_for(worker.stop(), 10)
     assert len(await backend.pending(STREAM, "g")) == 1, "it is left to be reclaimed"
     release.set()
+
+
+@pytest.mark.parametrize("breaker", [None, Breaker()], ids=["no breaker", "breaker"])
+async def test_what_fails_only_as_its_verdict_is_applied_is_handed_back_at_a_stop(
+    bus: Bus, backend: Backend, monkeypatch: pytest.MonkeyPatch, breaker: Breaker | None
+) -> None:
+    """Effects of which none took place, at the last attempt: too late for a slot to tell on_dead."""
+    running, go_on = asyncio.Event(), asyncio.Event()
+    told: list[int] = []
+
+    async def on_dead(dead: Any, bus: Any) -> None:
+        await asyncio.sleep(1)
+        told.append(dead.event.n)
+
+    @event_handler(Asked, group="g", max_attempts=1, on_dead=on_dead, breaker=breaker)
+    async def handle(event: Asked, delivery: Delivery[Asked]) -> None:
+        running.set()
+        await go_on.wait()
+        delivery.effects.incrby("words")
+
+    await backend.redis.set("words", "many")
+    worker = Worker(bus, [handle], grace_s=10)
+    async with worker:
+        await bus.publish(Asked(n=1))
+        await running.wait()
+        stopping = asyncio.create_task(worker.stop())
+        await eventually(lambda: worker._consumers[0]._stopping)
+        go_on.set()
+        await stopping
+    (pending,) = await backend.pending(STREAM, "g")
+    assert (pending.owner, pending.deliveries) == ("parked:0", 0)
+    assert told == []
+    assert await backend.dead(STREAM, "g") == []
+
+
+@pytest.mark.parametrize("kind", ["new", "reclaimed"])
+async def test_what_comes_in_while_the_last_verdicts_are_applied_is_not_begun(
+    bus: Bus, backend: Backend, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A reply that was given up, say; a reclaimed one is left to be reclaimed by others."""
+    ran: list[int] = []
+
+    @event_handler(Asked, group="g")
+    async def handle(event: Asked) -> None:
+        ran.append(event.n)
+
+    apply = SingleConsumer.verdicts_applied
+
+    async def something_comes_in(consumer: SingleConsumer) -> None:
+        taken = Taken([(receipt.entry_id.encode(), 1, fields)], [])
+        now = asyncio.get_running_loop().time()
+        consumer.deliver(consumer.hands[STREAM], taken, now, reclaimed=kind == "reclaimed")
+        await apply(consumer)
+
+    worker = Worker(bus, [handle])
+    async with worker:
+        await worker.drained()
+        await worker._consumers[0].intake.stop(worker._intakes[worker._consumers[0]])
+        receipt = await bus.publish(Asked(n=1))
+        ((_, rows),) = await backend.redis.xreadgroup("g", worker.name, {STREAM: ">"})
+        fields = [part for pair in rows[0][1].items() for part in pair]
+        monkeypatch.setattr(SingleConsumer, "verdicts_applied", something_comes_in)
+    (pending,) = await backend.pending(STREAM, "g")
+    handed_back = ("parked:0", 0)
+    assert (pending.owner, pending.deliveries) == (
+        handed_back if kind == "new" else (worker.name, 1)
+    )
+    assert ran == []
 
 
 async def test_stopping_twice_is_stopping_once(bus: Bus, witness: Witness) -> None:
