@@ -49,7 +49,8 @@ class Scope:
                 f"{key}: keys that begin with {keys.OWN} are the bus's own; publish events with"
                 " .publish"
             )
-        self.join(key)
+        if self._clustered:
+            self.join(key)
 
     def join(self, key: str) -> None:
         """Accept any key. Errors: InvalidEffect, one of another slot than the rest."""
@@ -111,6 +112,7 @@ class Sheet:
 
 
 _pack = msgspec.msgpack.Encoder().encode
+_SINGLE, _PAIR = b"\x91", b"\x92"  # the heads of arrays of one and two
 _SHORT = 16  # arrays below this length have a head of one byte
 
 
@@ -175,6 +177,8 @@ class Committer:
         entry: id, attempt, and id in its own stream. Errors: InvalidEffect; InvalidEvent, more
         events than ever fit. Nothing is written then.
         """
+        if not (effects.sent or effects.binaries or effects.last):
+            return self._write_plain(sheet, effects, entry)
         places: list[int | str] = []
         wanted: dict[str, tuple[int, Limits, bool]] = {}
         for sent in effects.sent:
@@ -200,6 +204,20 @@ class Committer:
         sheet.keys.update(dict.fromkeys(effects.keys))
         return places[1::2]  # type: ignore[return-value]
 
+    def _write_plain(
+        self, sheet: Sheet, effects: Effects, entry: tuple[str, int, str]
+    ) -> list[str]:
+        """Write down what publishes nothing and is all text, as most is."""
+        head = _pack((*entry, effects.types, (), (), False))
+        commands = effects.commands
+        if len(commands) == 1:
+            sheet.units.append(_PAIR + head + _SINGLE + commands[0])
+        else:
+            sheet.units.append(_PAIR + head + _array(commands))
+        for key in effects.keys:
+            sheet.keys[key] = None
+        return []
+
     # --- with acks
 
     async def commit(
@@ -210,7 +228,8 @@ class Committer:
         Errors: ReplyError and those of the connection and of `publish`, with nothing known.
         """
         fates: list[Committed] = []
-        unplaced = await self._unplaced({s.cls for d in deliveries for s in d.effects.sent})
+        classes = {event.cls for d in deliveries for event in d.effects.sent}
+        unplaced = await self._unplaced(classes) if classes else {}
         sheet = Sheet()
         for delivery in deliveries:
             effects, entry_id = delivery.effects, delivery.entry_id.decode()
@@ -232,10 +251,11 @@ class Committer:
         answers, looks, appended = await self._store.commit(
             target, group, consumer, sheet.keys, args
         )
-        answered = iter(answers)
-        fates = [next(answered) if f is _SENT else f for f in fates]
         self.tell(looks, appended)
-        return fates
+        if len(answers) == len(fates):
+            return answers
+        answered = iter(answers)
+        return [next(answered) if f is _SENT else f for f in fates]
 
     async def _unplaced(self, classes: Iterable[type[Event]]) -> dict[type[Event], BusError]:
         """Find out where events go; return those classes that can go nowhere, and why."""

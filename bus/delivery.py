@@ -209,10 +209,10 @@ class Delivery(Generic[E_co]):
 
     __slots__ = (
         "_batch",  # BatchCause; unset outside batches, so that nobody else pays for it
-        "_effects",
         "_envelope",
         "attempt",
         "checked_at",
+        "collected",
         "condemned",
         "entry_id",
         "event",
@@ -248,7 +248,7 @@ class Delivery(Generic[E_co]):
         self.condemned: DeadLetter | None = None  # decided, and held until no outage is in sight
         self.settled = False
         self.ordinals: dict[tuple[str, str], int] | None = None
-        self._effects: Effects | None = None
+        self.collected: Effects | None = None  # once the handler has asked for its effects
         self._envelope: Envelope | None = None
 
     @property
@@ -257,26 +257,21 @@ class Delivery(Generic[E_co]):
 
         They are applied once per delivery, whatever crashes; see `Effects` for the commands.
         """
-        if self._effects is None:
-            self._effects = self.origin.bus.effects_of(self)
+        if self.collected is None:
+            self.collected = self.origin.bus.effects_of(self)
             if self.settled:
-                self._effects.close(_TOO_LATE)
-        return self._effects
-
-    @property
-    def has_effects(self) -> bool:
-        """Whether any effect was collected."""
-        return self._effects is not None and bool(self._effects)
+                self.collected.close(_TOO_LATE)
+        return self.collected
 
     def close_effects(self) -> None:
         """Collect no more: the handler has returned."""
-        if self._effects is not None:
-            self._effects.close(_TOO_LATE)
+        if self.collected is not None:
+            self.collected.close(_TOO_LATE)
 
     def refuse_effects(self, why: str) -> None:
         """Collect none: what they would take part in is not to be."""
         self.close_effects()
-        self._effects = Effects.none(why)
+        self.collected = Effects.none(why)
 
     @property
     def envelope(self) -> Envelope:

@@ -322,10 +322,12 @@ class Effects:
         tests = () if when is None else self._tests(when)
         known = self.keys.get(key)
         if known is None:
-            self._admit(key)
+            if not key:
+                raise InvalidEffect("a key must not be empty")
+            self._scope.admit(key)
+            self.keys[key] = kind
             if kind:
                 self.types += (key, kind)
-                self.keys[key] = kind
         elif kind and kind != known:
             self._change_kind(name, key, known, kind)
         if leaves and when is None:
@@ -357,12 +359,6 @@ class Effects:
         self.binaries += aside
         self.commands.append(packed)
         return Reply(self, len(self.commands), str(args[0]))
-
-    def _admit(self, key: str) -> None:
-        if not key:
-            raise InvalidEffect("a key must not be empty")
-        self._scope.admit(key)
-        self.keys[key] = ""
 
     def _change_kind(self, name: str, key: str, known: str, kind: str) -> None:
         if known == "":

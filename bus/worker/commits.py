@@ -56,15 +56,19 @@ class Commits:
         self,
         hand: Hand,
         deliveries: Sequence[Delivery[Any]],
-        came_through: Callable[[Hand, bytes], bool],
+        came_through: Callable[[Hand, bytes], bool] | None,
     ) -> Collection[bytes]:
         """Commit deliveries of one stream; return the ids that stay in hand all the same.
 
-        came_through: whether a refused one was in truth applied by an attempt without a reply.
+        came_through: whether a refused one was in truth applied by an attempt without a reply; None
+        if there was no such attempt of any.
         Errors: those of `Committer.commit`.
         """
         fates = await self._commit(hand, deliveries)
-        doubtful = [d for d in deliveries if came_through(hand, d.entry_id)]
+        if came_through is None:
+            doubtful: list[Delivery[Any]] = []
+        else:
+            doubtful = [d for d in deliveries if came_through(hand, d.entry_id)]
         failed = await self._failed_unseen(hand, doubtful) if doubtful else {}
         acked = refused = 0
         staying: set[bytes] = set()

@@ -306,10 +306,7 @@ class Executor:
 
 def _succeeded(delivery: Delivery[Any]) -> Verdict:
     """Return what a call that returned means for one delivery."""
-    if not delivery.has_effects:
-        return ACK
-    delivery.close_effects()
-    return COMMIT
+    return COMMIT if delivery.collected else ACK
 
 
 def _postponed(error: BaseException) -> Park | None:

@@ -196,7 +196,8 @@ class Settler:
         return not failed
 
     async def _apply_part(self, hand: Hand, part: Sequence[Delivery[Any]]) -> bool:
-        apply = partial(self._commits.apply, hand, part, self._came_through)
+        came_through = self._came_through if self._doubtful else None
+        apply = partial(self._commits.apply, hand, part, came_through)
         return await self._attempt(hand, [d.entry_id for d in part], apply)
 
     async def _apply_parks(self, hand: Hand) -> bool:

@@ -1,4 +1,4 @@
-"""Handlers with `once=` while the server does not say what was handled: they wait where they are."""
+"""Handlers with `once=` while no server says what was handled: they stay where they are."""
 
 from __future__ import annotations
 
@@ -220,10 +220,11 @@ async def test_of_a_batch_those_are_handled_of_which_the_server_has_said_so(
     async def post(deliveries: list[Any]) -> None:
         sizes.append([d.event.n for d in deliveries])
 
-    async with backend.bus() as (bus, _):
+    async with backend.bus() as (bus, witness):
         await bus.publish_many([Letter(n=n) for n in range(5)])
         async with Worker(bus, [post]) as worker:
             await worker.drained()
+        assert witness.of("delivery.postponed") == []
     assert sizes == [[0, 2, 4], [1, 3]]
 
 

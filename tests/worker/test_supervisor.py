@@ -11,7 +11,6 @@ from bus import Breaker, Bus, BusError, DeclarationError, Delivery, Worker, even
 from bus.streams.answers import Taken
 from bus.worker import reclaimer
 from bus.worker.consumer import Consumer
-from bus.worker.singles import SingleConsumer
 from tests.faults.proxy import Proxy
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
@@ -257,7 +256,7 @@ async def test_a_handler_that_ignores_the_end_of_the_grace_cannot_hang_the_stop(
 async def test_what_fails_only_as_its_verdict_is_applied_is_handed_back_at_a_stop(
     bus: Bus, backend: Backend, monkeypatch: pytest.MonkeyPatch, breaker: Breaker | None
 ) -> None:
-    """Effects of which none took place, at the last attempt: too late for a slot to tell on_dead."""
+    """Effects of which none took place, at the last attempt: no slot tells on_dead any more."""
     running, go_on = asyncio.Event(), asyncio.Event()
     told: list[int] = []
 
@@ -297,9 +296,9 @@ async def test_what_comes_in_while_the_last_verdicts_are_applied_is_not_begun(
     async def handle(event: Asked) -> None:
         ran.append(event.n)
 
-    apply = SingleConsumer.verdicts_applied
+    apply = Consumer.verdicts_applied
 
-    async def something_comes_in(consumer: SingleConsumer) -> None:
+    async def something_comes_in(consumer: Consumer) -> None:
         taken = Taken([(receipt.entry_id.encode(), 1, fields)], [])
         now = asyncio.get_running_loop().time()
         consumer.deliver(consumer.hands[STREAM], taken, now, reclaimed=kind == "reclaimed")
@@ -312,7 +311,7 @@ async def test_what_comes_in_while_the_last_verdicts_are_applied_is_not_begun(
         receipt = await bus.publish(Asked(n=1))
         ((_, rows),) = await backend.redis.xreadgroup("g", worker.name, {STREAM: ">"})
         fields = [part for pair in rows[0][1].items() for part in pair]
-        monkeypatch.setattr(SingleConsumer, "verdicts_applied", something_comes_in)
+        monkeypatch.setattr(Consumer, "verdicts_applied", something_comes_in)
     (pending,) = await backend.pending(STREAM, "g")
     handed_back = ("parked:0", 0)
     assert (pending.owner, pending.deliveries) == (
