@@ -21,6 +21,8 @@ def test_the_names_are_the_documented_ones():
     assert keys.lease(STREAM, b"\xff") == b"bus:{document:3}:lease:\xff"
     assert keys.workers(STREAM) == "bus:{document:3}:workers"
     assert keys.producer(STREAM, "c0ffee") == "bus:{document:3}:pub:c0ffee"
+    once = keys.once(STREAM, "index", b"", b"document.made", b"a:b")
+    assert once == "bus:{document:3}:once:index::document.made:a:b"
     assert keys.sweep(STREAM, ["b", "a"]) == f"bus:{{document:3}}:sweep:{zlib.crc32(b'a,b'):08x}"
 
 
@@ -28,8 +30,30 @@ def test_everything_of_a_partition_has_its_hash_tag():
     """One script may then touch it all on a Cluster."""
     made = [keys.dead(STREAM, "g"), keys.lease(STREAM, "w").decode(), keys.workers(STREAM)]
     made += [keys.sweep(STREAM, ["g"]), keys.producer(STREAM, "p")]
+    made += [keys.once(STREAM, "g", b"{r}", b"{t}", b"{i}")]
     for key in made:
         assert key[key.index("{") : key.index("}") + 1] == "{document:3}"
+
+
+@given(st.lists(st.tuples(*[st.binary(max_size=120)] * 3), min_size=2, max_size=2, unique=True))
+def test_no_two_events_share_a_mark_and_its_key_is_short(events):
+    first, second = (keys.once(STREAM, "g", *event) for event in events)
+    assert first != second
+    assert max(len(first.encode()), len(second.encode())) < 350
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((b"r", b"t:i", b""), (b"r", b"t", b"i:")),
+        ((b"r:t", b"", b"i"), (b"r", b"t:", b"i")),
+        ((b"", b"t", b"\xff"), (b"", b"t", b"\xfe")),
+        ((b"", b"t", b"i" * 101), (b"", b"t", b"i" * 102)),
+        ((b"", b"t", b"\xff"), (b"", b"t", keys.once("", "", b"", b"", b"\xff")[-33:].encode())),
+    ],
+)
+def test_the_parts_of_a_mark_are_told_apart(one, other):
+    assert keys.once(STREAM, "g", *one) != keys.once(STREAM, "g", *other)
 
 
 def test_processes_that_serve_the_same_groups_share_a_sweep():

@@ -11,7 +11,9 @@ import pytest
 from bus import Bus, Delivery, Worker, event_handler
 from bus.delivery import DeadLetter, Failure
 from bus.streams.codec import envelope_of
+from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from bus.worker.consumer import Consumer
 from bus.worker.executor import Executor
 from bus.worker.hand import Hand
 from bus.worker.on_dead import OnDead
@@ -101,10 +103,23 @@ async def test_a_stop_lets_them_run_within_the_grace(
 
 
 async def test_what_fails_only_as_the_worker_stops_is_told_within_the_grace(
-    bus: Bus, backend: Backend, mourner: Mourner, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, mourner: Mourner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bus.worker.supervisor._FLUSH_S", 0.05)
-    running, go_on = asyncio.Event(), asyncio.Event()
+    """As late as can be: all handlers have ended, and the last verdicts are applied."""
+    witness = Witness(bus)
+    running, go_on, applying = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    commit, verdicts_applied = StreamStore.commit, Consumer.verdicts_applied
+
+    async def late(*args: Any) -> Any:
+        await applying.wait()
+        return await commit(*args)
+
+    async def noted(consumer: Consumer) -> None:
+        applying.set()
+        await verdicts_applied(consumer)
+
+    monkeypatch.setattr(StreamStore, "commit", late)
+    monkeypatch.setattr(Consumer, "verdicts_applied", noted)
 
     @event_handler(Asked, group=GROUP, on_dead=mourner.on_dead, breaker=None)
     async def handle(event: Asked, delivery: Delivery[Asked]) -> None:
@@ -124,6 +139,7 @@ async def test_what_fails_only_as_the_worker_stops_is_told_within_the_grace(
         go_on.set()
         await stopping
     assert mourner.told == {1: 1}
+    assert witness.of("on_dead.failed") == []
 
 
 async def test_those_for_which_the_grace_was_too_short_are_told_of(
@@ -211,6 +227,7 @@ async def test_nothing_more_is_read_while_too_many_wait(
     bus: Bus, backend: Backend, mourner: Mourner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bus.worker.on_dead.READ_COUNT", 5)
+    monkeypatch.setattr("bus.worker.reclaimer.SWEEP_S", 60)  # which would have it look again, too
     async with Worker(bus, [mourner.handler(concurrency=2)]) as worker:
         (consumer,) = worker._consumers
         await bus.publish_many([Asked(n=n) for n in range(3_000)])
