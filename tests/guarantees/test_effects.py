@@ -314,7 +314,7 @@ async def test_a_type_that_is_mended_in_time_costs_an_attempt_and_no_event(
 
 async def test_effects_that_are_refused_open_the_breaker(backend: Backend) -> None:
     """A counter that is none any more is an outage of what handlers need: no event dies of it."""
-    breaker = Breaker(window_s=5, min_calls=10, probe_s=0.2)
+    breaker = Breaker(window_s=5, min_calls=10, probe_s=0.2, failure_ratio=0.9)
     books = Books(max_attempts=2, breaker=breaker, dead_letter_maxlen=5)
     async with at_work(backend, books) as (bus, witness, worker):
         await bus.publish_many([Paid(n=n, kind="mistyped outside") for n in range(300)])
