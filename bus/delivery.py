@@ -25,12 +25,17 @@ entry is still pending *and still this worker's*:
     Park        it raised, or said RetryLater, or the type is not known,   XCLAIM to a lane
                 or there is no room for what it publishes or its dead letter
     DeadLetter  attempts used up, Reject, undecodable, crashed             XADD dead + XACK
+                (effects that failed half way: by the script that applied them)
     HandBack    never started, or cut off by shutdown or an open breaker   XCLAIM to `parked:0`
 
 The delivery count of the pending list is the attempt number, for failures and crashes alike.
 Reading and taking from a lane raise it; parking without using an attempt and handing back lower
 it; reclaiming leaves it, and *starting* a reclaimed entry raises it. So a crash counts against
 what was running, and entries that were only fetched lose at most one attempt.
+
+Effects of which nothing could be applied are a failed attempt, found out late: the verdict becomes
+a Park or a DeadLetter. With `once=` an event that another delivery has handled is acked unhandled,
+and one that another is at is parked (`worker/once.py`).
 
 When most events of a handler fail, its breaker opens (`worker/guard.py`): the failure is not
 the events'. Nothing starts but a probe; what fails then is parked without using its attempt, and
