@@ -7,7 +7,7 @@ their streams, everything is written down for the script, and its answers are to
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -84,29 +84,40 @@ class Scope:
         return self._publisher.outgoing(event, event_id, given, cause)
 
 
+class Wanted(NamedTuple):
+    """What a sheet appends to one stream.
+
+    certain: events without a condition. events: all of them. waits: whether one waits for room.
+    """
+
+    certain: int
+    events: int
+    limits: Limits
+    waits: bool
+
+
 @dataclass(slots=True)
 class Sheet:
     """What one call of the script is told: the effects of deliveries, or of a transaction.
 
-    keys: all that are touched, the bus's own among them. streams: those appended to, each with the
-    number of events that are certain to come, its limits, and whether one waits for room there.
-    units: see `commit.lua`, packed. binaries: values that are no UTF-8, which go beside.
+    keys: all that are touched, the bus's own among them. streams: those appended to. units: see
+    `commit.lua`, packed. binaries: values that are no UTF-8, which go beside.
     """
 
     keys: dict[str, None] = field(default_factory=dict)
-    streams: dict[str, tuple[int, Limits, bool]] = field(default_factory=dict)
+    streams: dict[str, Wanted] = field(default_factory=dict)
     units: list[bytes] = field(default_factory=list)
     binaries: list[bytes] = field(default_factory=list)
 
     def arguments(self) -> list[Arg]:
         """Return it as the script takes it: one packed argument, then the binaries."""
         streams = []
-        for stream, (events, limits, _) in self.streams.items():
+        for stream, (certain, _, limits, _) in self.streams.items():
             overrun = keys.overrun(stream)
             self.keys[stream] = self.keys[overrun] = None
             drop = "1" if limits.drop_oldest else ""
             # Without a certain one it is looked at as if one of those with a condition came.
-            total = events if drop else max(events, 1)
+            total = certain if drop else max(certain, 1)
             streams.append((stream, overrun, total, limits.keep, limits.slack, limits.most, drop))
         return [_array([_pack(streams), _array(self.units)]), *self.binaries]
 
@@ -121,6 +132,13 @@ def _array(packed: Sequence[bytes]) -> bytes:
     count = len(packed)
     head = bytes((0x90 | count,)) if count < _SHORT else b"\xdd" + count.to_bytes(4, "big")
     return head + b"".join(packed)
+
+
+def _added(before: Wanted | None, more: Wanted) -> Wanted:
+    """Return what is wanted of a stream with `more` besides."""
+    if before is None:
+        return more
+    return more._replace(certain=before.certain + more.certain, events=before.events + more.events)
 
 
 def _check_fits(stream: str, events: int, limits: Limits) -> None:
@@ -180,17 +198,18 @@ class Committer:
         if not (effects.sent or effects.binaries or effects.last):
             return self._write_plain(sheet, effects, entry)
         places: list[int | str] = []
-        wanted: dict[str, tuple[int, Limits, bool]] = {}
+        streams: list[str] = []
+        wanted: dict[str, Wanted] = {}
         for sent in effects.sent:
             stream, limits, waits = self._publisher.place(sent, inside=inside)
             effects.join(stream)
             places += (sent.command + 1, stream)
-            events = wanted[stream][0] if stream in wanted else 0
-            events += sent.certain
-            _check_fits(stream, events, limits)
-            wanted[stream] = events, limits, waits
-        for stream, (events, limits, waits) in wanted.items():
-            sheet.streams[stream] = sheet.streams.get(stream, (0,))[0] + events, limits, waits
+            streams.append(stream)
+            more = Wanted(int(sent.certain), 1, limits, waits)
+            wanted[stream] = _added(wanted.get(stream), more)
+            _check_fits(stream, wanted[stream].certain, limits)
+        for stream, more in wanted.items():
+            sheet.streams[stream] = _added(sheet.streams.get(stream), more)
         aside: list[int] = []
         for command, at, value in effects.binaries:
             sheet.binaries.append(value)
@@ -202,7 +221,7 @@ class Committer:
         head = _pack((*entry, effects.types, places, aside, bool(effects.last)))
         sheet.units.append(_array((head, _array(commands))))
         sheet.keys.update(dict.fromkeys(effects.keys))
-        return places[1::2]  # type: ignore[return-value]
+        return streams
 
     def _write_plain(
         self, sheet: Sheet, effects: Effects, entry: tuple[str, int, str]

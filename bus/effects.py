@@ -337,7 +337,8 @@ class Effects:
     def _append(self, tests: Sequence[int | str | bytes], args: list[Arg]) -> Reply:
         aside: tuple[tuple[int, int, bytes], ...] = ()
         try:
-            "".join(args)  # type: ignore[arg-type] # the quickest way to see that all of it is text
+            # The quickest way to see whether all of it is text, as most is: bytes raise here.
+            "".join(args)  # type: ignore[arg-type] # that they may is the question
             if tests:
                 "".join(tests[2::4])  # type: ignore[arg-type] # only these can be anything else
         except TypeError:

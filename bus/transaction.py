@@ -155,9 +155,7 @@ class Transactions:
         streams = self._committer.write(sheet, wanted, ("", 0, ""), inside=inside)
         tag = wanted.scope.slot_tag
         # Those outside handlers stand behind those who wait already.
-        full = next(
-            (s for s, (_, _, waits) in sheet.streams.items() if waits and s in self._lines), ""
-        )
+        full = next((s for s, w in sheet.streams.items() if w.waits and s in self._lines), "")
         fate = None if full else await self._send(sheet, tag, deadline)
         while fate is None or fate.fate is Fate.FULL:
             if fate is not None:
@@ -195,7 +193,8 @@ class Transactions:
         comes later must not take the room. Errors: StreamFull; PublishTimeout, PublishRefused when
         the server went away meanwhile.
         """
-        events, limits, waits = sheet.streams[stream]
+        # Also those with a condition need room, before it is known whether they come.
+        _, events, limits, waits = sheet.streams[stream]
         shortage = self._committer.shortage(stream)
         if not waits:
             raise shortage.error(limits.most)

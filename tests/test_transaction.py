@@ -636,3 +636,37 @@ async def test_a_repeat_reads_again_what_was_too_long_to_be_kept(server, redis):
         assert proxy.lost == 2
         assert (large.value, short.value, told.value) == (b"x" * 10_000, 1, None)
     assert await redis.get("k") == b"1"
+
+
+async def test_one_whose_events_have_a_condition_waits_as_any_other(
+    url, redis, server, monkeypatch
+):
+    """It asks for room without its events; it does not try again and again whether they fit."""
+    sent: list[int] = []
+    inner = StreamStore.commit
+
+    async def counted(self: Any, *args: Any) -> Any:
+        sent.append(1)
+        return await inner(self, *args)
+
+    async with Bus.connect(url, topics=[shop()], publish_timeout_s=20) as bus:
+        witness = Witness(bus)
+        await pinned(redis)
+        for n in range(10):
+            await sell(bus, n)
+        monkeypatch.setattr(StreamStore, "commit", counted)
+
+        async def rename() -> list[Receipt]:
+            async with bus.transaction() as change:
+                there = change.exists("no such shop").equals(0)
+                for n in (10, 11):
+                    change.publish(Sold(n=n), when=there)
+            return change.receipts
+
+        waiting = asyncio.create_task(rename())
+        await eventually(lambda: witness.of("publish.full"))
+        await asked(server, times=12)
+        assert (len(sent), waiting.done()) == (1, False)
+        await let_go(redis)
+        assert len(await waiting) == 2
+        assert len(sent) == 2
