@@ -15,6 +15,7 @@ from bus.errors import (
     AuthenticationFailed,
     BusClosed,
     BusError,
+    CheckpointError,
     DeclarationError,
     EffectNotAllowed,
     EffectsClosed,
@@ -40,6 +41,8 @@ from bus.errors import (
     TopicMismatch,
     Undecodable,
     UnknownEventType,
+    UnknownGroup,
+    UnknownTopic,
     WrongKeyType,
 )
 from bus.event import Event
@@ -60,6 +63,7 @@ __all__ = [
     "Bus",
     "BusClosed",
     "BusError",
+    "CheckpointError",
     "Condition",
     "DeadLettered",
     "DeclarationError",
@@ -97,6 +101,8 @@ __all__ = [
     "Transaction",
     "Undecodable",
     "UnknownEventType",
+    "UnknownGroup",
+    "UnknownTopic",
     "Worker",
     "WrongKeyType",
     "event_handler",

@@ -3,7 +3,9 @@
 BusError
 ├── DeclarationError          the program is wrong: an event, topic, handler, setting; fix it
 │   ├── NotSupported          the thing asked for is not part of this release
-│   └── TopicMismatch         two processes declare one topic differently; make them agree
+│   ├── TopicMismatch         two processes declare one topic differently; make them agree
+│   ├── UnknownTopic          nobody has declared or used a topic of that name
+│   └── UnknownGroup          no handler with that group has been served on the topic
 ├── InvalidEvent              this event can never be published; nothing was sent
 │   ├── EventTooLarge         its entry is above `max_event_bytes`; publish a reference to the data
 │   └── EventLoop             handlers trigger each other for ever: the chain of causes is too long
@@ -20,6 +22,7 @@ BusError
 │   ├── ServerUnsuitable      too old, or it may evict streams
 │   ├── ServerRefused         it answers and takes no writes now: see `.code`
 │   └── WrongKeyType          a key that should be a stream holds something else
+├── CheckpointError           a replay cannot go on from that file; the text says why
 ├── AlreadySettled            a batch handler settles one delivery twice, or after its call ended
 ├── BusClosed                 the bus was closed before; connect again
 ├── EffectsFailed             a transaction's command failed; see `.applied` for what stays
@@ -47,6 +50,14 @@ class NotSupported(DeclarationError):
 
 class TopicMismatch(DeclarationError):
     """The declared partition count of a topic contradicts the recorded one."""
+
+
+class UnknownTopic(DeclarationError):
+    """Nothing is recorded, declared or kept of the topic that was asked for."""
+
+
+class UnknownGroup(DeclarationError):
+    """The group that was asked for does not exist on any stream of the topic."""
 
 
 class InvalidEvent(BusError):
@@ -130,6 +141,10 @@ class ServerRefused(ServerError):
 
 class WrongKeyType(ServerError):
     """A key that should hold a stream holds another type; it is never deleted by the bus."""
+
+
+class CheckpointError(BusError):
+    """The checkpoint of a replay is damaged, is of another replay, or is no longer known."""
 
 
 class AlreadySettled(BusError):

@@ -61,7 +61,9 @@ class _Reader:
         if self._at == len(self._page):
             if self._ended:
                 return None
-            self._page = await self._store.range(self.stream, self._from, self._last, READ_COUNT)
+            self._page = await self._store.archive.range(
+                self.stream, self._from, self._last, READ_COUNT
+            )
             self._at = 0
             self._ended = len(self._page) < READ_COUNT
             if not self._page:

@@ -64,7 +64,7 @@ async def look(store: StreamStore, streams: Sequence[str]) -> list[StreamSeen]:
             # What was trimmed away is no longer pending for the purpose: begin at the first entry.
             commands.append(("XPENDING", stream, row["name"], first, "+", GHOSTS))
             commands.append(("XLEN", _inbox(stream, row["name"])))
-    replies = iter(await store.look(commands))
+    replies = iter(await store.archive.look(commands))
     seconds, micros = _sound(next(replies), "TIME")
     now_ms = int(seconds) * 1000 + int(micros) // 1000
     seen, pending = [], []
@@ -87,7 +87,7 @@ async def count(store: StreamStore, stream: str, first: str, last: str, most: in
     counted = 0
     while counted < most:
         asked = min(PAGE, most - counted)
-        page = await store.range(stream, first, last, asked)
+        page = await store.archive.range(stream, first, last, asked)
         counted += len(page)
         if len(page) < asked:
             break
@@ -105,7 +105,7 @@ async def _outlines(
     commands: list[tuple[Arg, ...]] = []
     for stream in streams:
         commands += [("XINFO", "GROUPS", stream), ("XINFO", "STREAM", stream)]
-    replies = await store.look(commands)
+    replies = await store.archive.look(commands)
     found = []
     for stream, groups, info in zip(streams, replies[::2], replies[1::2], strict=True):
         missing = any(isinstance(r, ReplyError) and r.code == "ERR" for r in (groups, info))
@@ -121,7 +121,7 @@ async def _oldest_with_entry(
 
     If all of GHOSTS ids are without entry the last of them stands for what may follow it.
     """
-    exist = iter(await store.look([("XRANGE", s, i, i) for s, ids in pending for i in ids]))
+    exist = iter(await store.archive.look([("XRANGE", s, i, i) for s, ids in pending for i in ids]))
     found: list[bytes | None] = []
     for stream, ids in pending:
         there = [bool(_sound(next(exist), stream)) for _ in ids]

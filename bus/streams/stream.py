@@ -18,17 +18,17 @@ from bus.streams.answers import (
     Fate,
     Limits,
     Looked,
-    RawEntry,
     Renewed,
     Room,
     Standing,
     Started,
     Taken,
 )
+from bus.streams.archive import Archive
 from bus.streams.connection import Arg, Connection, Server
 from bus.streams.leases import Leases
 from bus.streams.reader import Reader
-from bus.streams.replies import Reply, ReplyError, row_of
+from bus.streams.replies import ReplyError, row_of
 from bus.streams.results import DONE, by_group, counts, fate_of, pinned, taken_of
 from bus.streams.script import Script
 from bus.telemetry import Telemetry
@@ -51,7 +51,7 @@ class StreamStore:
         self.commands = Connection(server, "commands", telemetry)
         self.leases = Leases(self.commands)
         self._publishing = Connection(server, "publishing", telemetry)
-        self._history = Connection(server, "history", telemetry)
+        self.archive = Archive(server, telemetry)
 
     @property
     def clustered(self) -> bool:
@@ -60,7 +60,7 @@ class StreamStore:
 
     async def close(self) -> None:
         """Close the connections."""
-        for connection in (self._publishing, self._history, self.commands):
+        for connection in (self._publishing, self.archive, self.commands):
             await connection.close()
 
     def reader(self, group: str) -> Reader:
@@ -139,6 +139,15 @@ class StreamStore:
         """Return the number of entries of each stream, -1 where there is none to be had. XLEN."""
         replies = await self.commands.pipeline([("XLEN", s) for s in streams])
         return [-1 if isinstance(n, ReplyError) else n for n in replies]
+
+    async def topic_records(self) -> dict[str, bytes]:
+        """Return what is recorded, by topic. HGETALL: one small field per topic."""
+        try:
+            flat = await self.commands.call("HGETALL", keys.TOPICS)
+        except ReplyError as error:
+            raise error.explained(keys.TOPICS) from None
+        pairs = zip(flat[::2], flat[1::2], strict=True)
+        return {name.decode(errors="replace"): bytes(record) for name, record in pairs}
 
     # --- groups
 
@@ -398,17 +407,3 @@ class StreamStore:
         args: list[Arg] = [group, consumer, owner, most, least_idle_ms]
         target = (stream, keys.lease(stream, owner))
         return taken_of(await _reclaim.run(self.commands, target, args))
-
-    # --- looking back
-
-    async def range(self, stream: str, first: str, last: str, count: int) -> list[RawEntry]:
-        """Return up to `count` entries from `first` to `last`, both ids included. XRANGE."""
-        try:
-            rows = await self._history.call("XRANGE", stream, first, last, "COUNT", count)
-        except ReplyError as error:
-            raise error.explained(stream) from None
-        return [(r[0], r[1]) for r in rows]
-
-    async def look(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
-        """Send commands that only read, in one write; errors are among the replies."""
-        return await self._history.pipeline(commands)

@@ -9,18 +9,29 @@ recorded holds. Whoever knows a record writes it again when the server has lost 
 
 import asyncio
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Annotated
 
 import msgspec
 
-from bus.config import KEEP_SHARE, MAXLEN, RESERVE, RESERVE_SHARE, SLACK, SLACK_SHARE
-from bus.errors import DeclarationError, TopicMismatch
+from bus.config import (
+    KEEP_SHARE,
+    MAXLEN,
+    RESERVE,
+    RESERVE_SHARE,
+    SLACK,
+    SLACK_SHARE,
+    checked_name,
+)
+from bus.errors import DeclarationError, TopicMismatch, UnknownTopic
+from bus.event import known_events
 from bus.streams import keys
 from bus.streams.answers import Limits
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.topic import OnFull, Topic
 
+_SHOWN = 20  # topics named in an error
 RECORD_TTL_S = 5.0  # how soon a process notices that a record was replaced, or lost
 
 
@@ -124,6 +135,36 @@ class TopicTable:
         declared = self._declared.get(name)
         return Record.of(declared) if declared else Record(1, implicit=True)
 
+    async def known(self) -> dict[str, Record]:
+        """Return what holds for every topic that is recorded or declared here, by name. HGETALL.
+
+        A record that cannot be read is left out of it: see `recorded` for what is wrong with it.
+        """
+        found = {name: Record.of(topic) for name, topic in self._declared.items()}
+        for name, standing in (await self._store.topic_records()).items():
+            try:
+                found[name] = _parsed(name, standing)
+            except DeclarationError:
+                found.pop(name, None)
+        return dict(sorted(found.items()))
+
+    async def existing(self, name: str) -> Record:
+        """Return what holds for a topic that somebody has declared, used, or has events of.
+
+        HGET, and for a topic that is not recorded XLEN. Errors: DeclarationError for a bad name;
+        UnknownTopic, which says what there is.
+        """
+        standing = await self._store.topic_record(checked_name(name, "topic name"))
+        if standing:
+            return _parsed(name, standing)
+        if name in self._declared:
+            return Record.of(self._declared[name])
+        if name not in {info.topic for info in known_events()}:
+            (length,) = await self._store.lengths([keys.stream(name, 0)])
+            if length == 0:
+                raise UnknownTopic(_no_such_topic(name, list(await self.known())))
+        return Record(1, implicit=True)
+
     async def record_to_read(self, name: str) -> Record:
         """Return what holds for a topic; record it only if we know it from elsewhere.
 
@@ -220,6 +261,16 @@ class TopicTable:
                 )
                 return ours
             standing = stands  # somebody was first: agree with what stands now
+
+
+def _no_such_topic(name: str, there: list[str]) -> str:
+    close = get_close_matches(name, there, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    listed = ", ".join(there[:_SHOWN]) + (", ..." if len(there) > _SHOWN else "")
+    return (
+        f"there is no topic {name}: {hint}known here and on the server: {listed or 'none'}."
+        f" One that is yet to be used is declared with Bus.connect(..., topics=[Topic({name!r})])"
+    )
 
 
 def _parsed(name: str, value: bytes) -> Record:
