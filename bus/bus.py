@@ -18,6 +18,7 @@ from bus.event import Event
 from bus.history.event_store import history
 from bus.history.inspector import Backlog, backlog
 from bus.history.position import Position
+from bus.history.selection import Predicate, Selection, Types
 from bus.publisher import Publisher, Receipt
 from bus.streams.address import parse_url
 from bus.streams.codec import Headers
@@ -234,17 +235,28 @@ class Bus:
         topic: str,
         since: Position = None,
         until: Position = None,
-        types: Iterable[str | type[Event]] | None = None,
+        types: Types = None,
+        *,
+        key: str | None = None,
+        where: Predicate | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
     ) -> AsyncIterator[Envelope]:
         """Iterate over what is kept of `topic`, in the order of entry ids over all partitions.
 
         since, until: both included; an entry id, ms, datetime, ISO 8601, "@-2h", "start", "end".
-        types: event classes, names or patterns; by default all.
-        XRANGE, 500 entries a page. Events are decoded when `envelope.event` is asked for.
-        Errors: DeclarationError for a bad position or pattern; ServerError. `envelope.event`
-        raises Undecodable for an entry that is not what its type says; the iteration goes on.
+        types: event classes, names or patterns. key: reads that key's partition alone.
+        where: takes an envelope; what raises Undecodable there is left out.
+        limit: envelopes at most. reverse: the newest first.
+        XRANGE or XREVRANGE, 500 entries a page. `envelope.event` decodes when it is asked for.
+        Errors: DeclarationError for a bad position or pattern; UnknownTopic; ServerError.
+        `envelope.event` raises Undecodable for an entry that is not what its type says; the
+        iteration goes on.
         """
-        return history(self.store, self.topics, topic, since, until, types)
+        selection = Selection(types, key, where)
+        return history(
+            self.store, self.topics, topic, since, until, selection, limit=limit, reverse=reverse
+        )
 
     async def backlog(self, topic: str) -> Backlog:
         """Return how far behind the groups of `topic` are, and who holds its streams since when.

@@ -62,6 +62,10 @@ TOPICS_S = 5.0  # how soon new partitions are read, and a lost topic record is w
 VERDICTS_PER_CALL = 500  # bounds how long one script keeps the server busy
 PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is above
 
+# --- looking back
+FIRST_PAGE = 32  # entries: most who look want few, and how large they are is not known yet
+LOOK_PATIENCE_S = 5.0  # what only reads is asked again for so long: a connection may drop
+
 # --- effects: they run in one script, during which the server does nothing else
 EFFECTS = 1_000  # commands of one delivery or transaction, 2-4 ms of server
 EFFECT_BYTES = 1024 * 1024

@@ -43,7 +43,7 @@ OPTIONAL = {"opentelemetry", "prometheus_client", "sqlalchemy", "starlette", "st
 # Drawers into which anything fits.
 DRAWERS = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 LONGEST = 460  # lines; a file that needs more is two files
-FACADES = {"bus/bus.py": 300, "worker.py": 100}  # what rots first in projects of this kind
+FACADES = {"bus/bus.py": 400, "worker.py": 100}  # what rots first in projects of this kind
 
 
 def files(folder: Path) -> list[Path]:
@@ -156,7 +156,7 @@ def test_one_file_speaks_stream_commands():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and node.value in verbs
     }
-    parts = ("stream", "reader", "leases", "inspection", "server")
+    parts = ("stream", "reader", "leases", "archive", "inspection", "server")
     assert speakers == {f"bus/streams/{part}.py" for part in parts} | {"bus/effects.py"}
 
 

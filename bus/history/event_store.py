@@ -1,19 +1,26 @@
-"""The streams as an event store: what happened, by topic, type and time, over XRANGE.
+"""The streams as an event store: what happened, by topic, time, type and key, over XRANGE.
 
-Nothing is moved and no group notices. Memory stays flat: one page per partition is in hand.
+Nothing is moved and no group notices. Memory stays flat: a page or two per partition are in hand.
 """
 
-from collections.abc import AsyncIterator, Iterable
+import asyncio
+from collections.abc import AsyncIterator
+from operator import itemgetter
 
-from bus.config import READ_COUNT, checked_name
+from bus.config import FIRST_PAGE, READ_BYTES, READ_COUNT, checked_number
 from bus.delivery import Envelope, entry_time
 from bus.errors import Undecodable
-from bus.event import Event, info_of, type_matches
+from bus.event import Event
+from bus.history.patience import patiently
 from bus.history.position import Position, as_id
+from bus.history.selection import Selection
+from bus.streams import keys
 from bus.streams.answers import RawEntry
 from bus.streams.codec import locate, open_envelope
 from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
+
+Found = tuple[str, RawEntry]  # stream and entry
 
 
 async def history(
@@ -22,72 +29,138 @@ async def history(
     topic: str,
     since: Position,
     until: Position,
-    types: Iterable[str | type[Event]] | None,
+    selection: Selection,
+    *,
+    limit: int | None = None,
+    reverse: bool = False,
 ) -> AsyncIterator[Envelope]:
     """Yield the envelopes of `topic` in the order of their entry ids. See `Bus.history`."""
     first, last = as_id(since, default="-"), as_id(until, default="+")
-    patterns = None if types is None else [_pattern(t) for t in types]
-    for pattern in patterns or ():
-        type_matches(pattern, "")  # raises for one that is none, before anything is read
-    partitions = (await topics.recorded(checked_name(topic, "topic name"))).partitions
-    readers = [_Reader(store, s, first, last) for s in topics.streams(topic, partitions)]
-    heads = [(r, await r.next()) for r in readers]
-    waiting = [(r, e) for r, e in heads if e is not None]
-    while waiting:
-        # The smallest id of at most a few hundred heads; a heap would buy little and hide it.
-        reader, entry = min(waiting, key=lambda head: _order(head[1][0]))
-        waiting.remove((reader, entry))
-        following = await reader.next()
-        if following is not None:
-            waiting.append((reader, following))
-        if patterns is None or _is_wanted(entry, patterns):
-            yield _envelope(reader.stream, entry)
+    if limit is not None:
+        checked_number(limit, "limit", 0, 2**63, whole=True)
+    streams = await streams_of(topics, topic, selection.key)
+    left = -1 if limit is None else limit
+    if not left:
+        return
+    async for stream, entry in merged(
+        store, dict.fromkeys(streams, (first, last)), reverse=reverse
+    ):
+        if selection.names(entry):
+            envelope = envelope_of(stream, entry)
+            if selection.where is None or selection.admits(envelope):
+                yield envelope
+                left -= 1
+                if not left:
+                    return
 
 
-class _Reader:
-    """Pages through one stream."""
+async def streams_of(topics: TopicTable, topic: str, key: str | None = None) -> list[str]:
+    """Return the streams of a topic; only that of `key`, if one is given. Errors: UnknownTopic."""
+    partitions = (await topics.existing(topic)).partitions
+    if key is not None:
+        return [keys.stream(topic, keys.partition_of(key, partitions))]
+    return topics.streams(topic, partitions)
 
-    def __init__(self, store: StreamStore, stream: str, first: str, last: str) -> None:
-        self.stream = stream
+
+async def merged(
+    store: StreamStore, bounds: dict[str, tuple[str, str]], *, reverse: bool = False
+) -> AsyncIterator[Found]:
+    """Yield what the streams hold between their bounds, both included, in the order of ids."""
+    pages = {s: _Pages(store, s, *span, reverse=reverse) for s, span in bounds.items()}
+    try:
+        heads = {s: page for s, p in pages.items() if (page := await p.next())}
+        while heads:
+            if len(heads) == 1:
+                ((stream, page),) = heads.items()
+                for entry in page:
+                    yield stream, entry
+                heads[stream] = []
+            else:
+                for _, stream, entry in _certain(heads, reverse=reverse):
+                    yield stream, entry
+            for stream in [s for s, page in heads.items() if not page]:
+                heads[stream] = await pages[stream].next()
+                if not heads[stream]:
+                    del heads[stream]
+    finally:
+        for unread in pages.values():
+            unread.close()
+
+
+def _certain(
+    heads: dict[str, list[RawEntry]], *, reverse: bool
+) -> list[tuple[tuple[int, int], str, RawEntry]]:
+    """Take out of the pages what certainly comes before all that is unread, in order.
+
+    That is everything up to where the first of the pages ends.
+    """
+    ends = [_order(page[-1]) for page in heads.values()]
+    bound = max(ends) if reverse else min(ends)
+    certain = []
+    for stream, page in heads.items():
+        orders = [_order(entry) for entry in page]
+        if reverse:
+            taken = sum(order >= bound for order in orders)
+        else:
+            taken = sum(order <= bound for order in orders)
+        certain += [(orders[n], stream, page[n]) for n in range(taken)]
+        heads[stream] = page[taken:]
+    certain.sort(key=itemgetter(0), reverse=reverse)
+    return certain
+
+
+class _Pages:
+    """The pages of one stream; the next one is asked for while the last one is looked at."""
+
+    def __init__(
+        self, store: StreamStore, stream: str, first: str, last: str, *, reverse: bool
+    ) -> None:
         self._store = store
-        self._from = first
-        self._last = last
-        self._page: list[RawEntry] = []
-        self._at = 0
-        self._ended = False
+        self._stream = stream
+        self._first, self._last = first, last
+        self._reverse = reverse
+        self._count = FIRST_PAGE
+        self._coming: asyncio.Task[list[RawEntry]] | None = self._ask()
 
-    async def next(self) -> RawEntry | None:
-        """Return the next entry, None at the end."""
-        if self._at == len(self._page):
-            if self._ended:
-                return None
-            self._page = await self._store.archive.range(
-                self.stream, self._from, self._last, READ_COUNT
+    async def next(self) -> list[RawEntry]:
+        """Return the next page, an empty one at the end."""
+        if self._coming is None:
+            return []
+        page = await self._coming
+        if len(page) < self._count:
+            self._coming = None
+            return page
+        beyond = "(" + page[-1][0].decode()
+        if self._reverse:
+            self._last = beyond
+        else:
+            self._first = beyond
+        entry_bytes = sum(sum(map(len, fields)) for _, fields in page[::8]) * 8 / len(page) + 64
+        self._count = max(1, min(READ_COUNT, self._count * 4, int(READ_BYTES / entry_bytes)))
+        self._coming = self._ask()
+        return page
+
+    def close(self) -> None:
+        """Give up what was asked for and is not wanted."""
+        if self._coming is not None and not self._coming.cancel() and not self._coming.cancelled():
+            self._coming.exception()  # nobody waits for it, and nobody misses it
+
+    def _ask(self) -> "asyncio.Task[list[RawEntry]]":
+        return asyncio.create_task(
+            patiently(
+                lambda: self._store.archive.range(
+                    self._stream, self._first, self._last, self._count, reverse=self._reverse
+                )
             )
-            self._at = 0
-            self._ended = len(self._page) < READ_COUNT
-            if not self._page:
-                return None
-            self._from = "(" + self._page[-1][0].decode()
-        self._at += 1
-        return self._page[self._at - 1]
+        )
 
 
-def _order(entry_id: bytes) -> tuple[int, int]:
-    ms, _, sequence = entry_id.partition(b"-")
+def _order(entry: RawEntry) -> tuple[int, int]:
+    ms, _, sequence = entry[0].partition(b"-")
     return int(ms), int(sequence)
 
 
-def _pattern(what: str | type[Event]) -> str:
-    return what if isinstance(what, str) else info_of(what).type
-
-
-def _is_wanted(entry: RawEntry, patterns: list[str]) -> bool:
-    name = (locate(entry[1]).type or b"").decode(errors="replace")
-    return any(type_matches(p, name) for p in patterns)
-
-
-def _envelope(stream: str, entry: RawEntry) -> Envelope:
+def envelope_of(stream: str, entry: RawEntry) -> Envelope:
     """Make the envelope of an entry, also of one that cannot be decoded: `.event` will say so."""
     entry_id, fields = entry
     try:

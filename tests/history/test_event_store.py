@@ -18,6 +18,7 @@ from bus import (
     Topic,
     Undecodable,
     UnknownEventType,
+    UnknownTopic,
     WrongKeyType,
 )
 from tests.servers import ask
@@ -228,9 +229,13 @@ async def test_bad_topic_names_are_refused(bus, topic):
         await told(bus.history(topic))
 
 
-async def test_a_topic_that_never_was_has_no_past(bus, server):
-    assert await told(bus.history("never")) == []
-    assert ask(server, "EXISTS", "bus:topics", "bus:{never:0}") == b":0\r\n"
+async def test_a_topic_that_never_was_is_an_error_that_says_what_there_is(bus, server):
+    await bus.publish(Sown(field="f"))
+    with pytest.raises(UnknownTopic, match=r"no topic pest: did you mean past\? known .*: past\."):
+        await told(bus.history("pest"))
+    with pytest.raises(UnknownTopic, match=r"topics=\[Topic\('never'\)\]"):
+        await told(bus.history("never"))
+    assert ask(server, "EXISTS", "bus:{never:0}", "bus:{pest:0}") == b":0\r\n"
 
 
 async def test_a_process_that_declared_nothing_sees_all_partitions(bus, url):

@@ -126,7 +126,7 @@ def refuse_to_count(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refuse(*_: Any) -> None:
         raise AssertionError("counted")
 
-    monkeypatch.setattr(bus.store, "range", refuse)
+    monkeypatch.setattr(bus.store.archive, "range", refuse)
 
 
 async def test_the_servers_count_spares_counting(bus, redis, counts, monkeypatch):
@@ -422,13 +422,13 @@ async def test_partitions_cost_no_round_trips(url, redis, monkeypatch):
             await group(redis, stream=keys.stream("broad", partition))
         await redis.xreadgroup("index", "me", {keys.stream("broad", 129): ">"}, count=1)
         writes = []
-        look = bus.store.look
+        look = bus.store.archive.look
 
         async def watched(commands):
             writes.append(len(commands))
             return await look(commands)
 
-        monkeypatch.setattr(bus.store, "look", watched)
+        monkeypatch.setattr(bus.store.archive, "look", watched)
         backlog = await bus.backlog("broad")
         assert backlog.of("index").undelivered == 3 * 130 - 1
         assert len(writes) == 3 * 3  # 64 streams a write

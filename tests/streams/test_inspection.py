@@ -63,7 +63,7 @@ async def test_counting_ends_at_what_was_asked_for(store, most, counted):
 
 
 async def test_a_slow_look_does_not_hold_up_commands(store):
-    slow = store._history.submit(b"*3\r\n$5\r\nBLPOP\r\n$4\r\nnone\r\n$1\r\n5\r\n")
+    slow = store.archive._connection.submit(b"*3\r\n$5\r\nBLPOP\r\n$4\r\nnone\r\n$1\r\n5\r\n")
     looking = asyncio.create_task(look(store, [S0]))
     assert await asyncio.wait_for(store.commands.call("PING"), 4) == b"PONG"
     await asyncio.wait([looking], timeout=0.2)

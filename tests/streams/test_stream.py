@@ -61,7 +61,7 @@ async def test_append_says_where_the_batch_went(store):
     again = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], WIDE, 5)
     assert (where.events, where.repeated, again.repeated) == (3, False, True)
     assert again[:4] == where[:4]
-    entries = await store.range(S0, "-", "+", 10)
+    entries = await store.archive.range(S0, "-", "+", 10)
     assert entries == [
         (f"{where.ms}-{where.sequence + n}".encode(), [b"n", value])
         for n, value in enumerate([b"a", b"b", b"c"])
@@ -206,7 +206,7 @@ async def test_verdicts(store):
     assert await store.start(S0, G, "me", ids[3], 3)
     assert not await store.start(S0, G, "me", ids[1], 3)
     assert await pending(store) == {ids[1]: (b"parked:0", 1), ids[3]: (b"me", 3)}
-    ((_, fields),) = await store.range(keys.dead(S0, G), "-", "+", 10)
+    ((_, fields),) = await store.archive.range(keys.dead(S0, G), "-", "+", 10)
     assert fields[:3] == [b"id", b"a", b"deadtime"]
 
 
@@ -349,14 +349,16 @@ async def until_blocked(server) -> None:
 async def test_a_range_is_closed_and_counted(store):
     ids = await filled(store, 5)
     text = [i.decode() for i in ids]
-    assert [i for i, _ in await store.range(S0, text[1], text[3], 10)] == ids[1:4]
-    assert [i for i, _ in await store.range(S0, "(" + text[1], "+", 2)] == ids[2:4]
-    assert await store.range("bus:{nothing:0}", "-", "+", 10) == []
+    assert [i for i, _ in await store.archive.range(S0, text[1], text[3], 10)] == ids[1:4]
+    assert [i for i, _ in await store.archive.range(S0, "(" + text[1], "+", 2)] == ids[2:4]
+    backwards = await store.archive.range(S0, "-", "(" + text[3], 2, reverse=True)
+    assert [i for i, _ in backwards] == [ids[2], ids[1]]
+    assert await store.archive.range("bus:{nothing:0}", "-", "+", 10) == []
 
 
 async def test_a_slow_range_does_not_hold_up_a_publish(store):
     """They have connections of their own."""
-    slow = store._history.submit(b"*3\r\n$5\r\nBLPOP\r\n$4\r\nnone\r\n$1\r\n5\r\n")
+    slow = store.archive._connection.submit(b"*3\r\n$5\r\nBLPOP\r\n$4\r\nnone\r\n$1\r\n5\r\n")
     where = await asyncio.wait_for(store.append(S0, "p", 1, [unit("a")], WIDE, 5), 4)
     assert where.events == 1
     assert not slow.done()

@@ -1,0 +1,77 @@
+"""Which events are asked for, when looking back: by type, key and predicate."""
+
+from collections.abc import Callable, Iterable
+
+from bus.delivery import Envelope
+from bus.errors import DeclarationError, Undecodable
+from bus.event import Event, info_of, type_matches
+from bus.streams.answers import RawEntry
+from bus.streams.codec import locate
+
+Types = Iterable[str | type[Event]] | str | type[Event] | None
+Predicate = Callable[[Envelope], bool]
+
+_REMEMBERED = 10_000  # types; foreign writers may invent more
+
+
+class Selection:
+    """What a look back is to find. Made once, asked of every entry.
+
+    types: event classes, names or patterns; None for all. key: the partition key, None for any.
+    where: a predicate on the envelope, asked last. Errors: DeclarationError.
+    """
+
+    def __init__(self, types: Types, key: str | None, where: Predicate | None) -> None:
+        if isinstance(types, str | type):
+            types = (types,)
+        self.patterns = None if types is None else sorted({_pattern(t) for t in types})
+        if key is not None and not isinstance(key, str):
+            raise DeclarationError(f"key is the partition key as text, not {key!r}")
+        self.key = key
+        self.where = where
+        if where is not None and not callable(where):
+            raise DeclarationError(f"where is a function of an envelope, not {where!r}")
+        self._key = None if key is None else key.encode("utf-8", "surrogatepass")
+        self._known: dict[bytes | None, bool] = {}
+
+    def names(self, entry: RawEntry) -> bool:
+        """Return whether an entry has a type and a key that are asked for; decodes nothing."""
+        fields = entry[1]
+        if self.patterns is not None:
+            named = locate(fields).type
+            known = self._known.get(named)
+            if known is None:
+                known = self._matches(named)
+                if len(self._known) < _REMEMBERED:
+                    self._known[named] = known
+            if not known:
+                return False
+        return self._key is None or self._key == _partition_key(fields)
+
+    def admits(self, envelope: Envelope) -> bool:
+        """Return whether the predicate takes it; what cannot be decoded for it is not taken."""
+        if self.where is None:
+            return True
+        try:
+            return bool(self.where(envelope))
+        except Undecodable:
+            return False
+
+    def _matches(self, named: bytes | None) -> bool:
+        name = (named or b"").decode(errors="replace")
+        return any(type_matches(p, name) for p in self.patterns or ())
+
+
+def _pattern(what: str | type[Event]) -> str:
+    if not isinstance(what, str):
+        return info_of(what).type
+    type_matches(what, "")  # raises for one that is none, before anything is read
+    return what
+
+
+def _partition_key(fields: list[bytes]) -> bytes | None:
+    """Return the partition key of an entry; the first of equal names counts, as for all fields."""
+    for at in range(0, len(fields) - 1, 2):
+        if fields[at] == b"partitionkey":
+            return fields[at + 1]
+    return None
