@@ -66,6 +66,13 @@ PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is abo
 FIRST_PAGE = 32  # entries: most who look want few, and how large they are is not known yet
 LOOK_PATIENCE_S = 5.0  # what only reads is asked again for so long: a connection may drop
 
+THROTTLE_S = 0.1  # a rate is kept in steps of this length: even, and not one by one
+INBOX_SHARE = (
+    2  # replays fill an inbox to half of what may be moved there: the rest is for the live
+)
+INBOX_WAIT_LEAST_S = 0.01  # between two looks for room in an inbox...
+INBOX_WAIT_MOST_S = 1.0  # ...longer and longer: its handler may take hours
+
 # --- effects: they run in one script, during which the server does nothing else
 EFFECTS = 1_000  # commands of one delivery or transaction, 2-4 ms of server
 EFFECT_BYTES = 1024 * 1024
