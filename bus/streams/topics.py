@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from bus.config import (
+    INBOX_SHARE,
     KEEP_SHARE,
     MAXLEN,
     RESERVE,
@@ -72,6 +73,11 @@ class Record(msgspec.Struct, frozen=True):
     def reserve(self) -> int:
         """The entries above `maxlen` that only handlers' own publishes may use."""
         return max(RESERVE, self.maxlen // RESERVE_SHARE)
+
+    @property
+    def inbox_most(self) -> int:
+        """The entries of an inbox up to which replays and redrives may fill it."""
+        return max(1, (self.maxlen - self.keep) // INBOX_SHARE)
 
     def limits(self, *, inside: bool = False) -> Limits:
         """Return what an appender may do; `inside`: a handler, which may use the reserve."""
