@@ -48,6 +48,7 @@ from bus.errors import (
 from bus.event import Event
 from bus.handler import Handler, Registry, event_handler
 from bus.history.inspector import Backlog
+from bus.history.replay import Progress, Replayed
 from bus.publisher import Receipt
 from bus.reply import Condition, Reply
 from bus.topic import Topic
@@ -82,6 +83,7 @@ __all__ = [
     "NoReplyYet",
     "NotSupported",
     "PermissionDenied",
+    "Progress",
     "PublishError",
     "PublishRefused",
     "PublishTimeout",
@@ -89,6 +91,7 @@ __all__ = [
     "Receipt",
     "Registry",
     "Reject",
+    "Replayed",
     "Reply",
     "RetryLater",
     "ServerError",

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -15,9 +15,12 @@ from bus.delivery import Delivery, Envelope
 from bus.effects import Effects
 from bus.errors import DeclarationError, NotSupported
 from bus.event import Event
+from bus.handler import Handler
+from bus.history.destinations import destination_of
 from bus.history.event_store import history
 from bus.history.inspector import Backlog, backlog
 from bus.history.position import Position
+from bus.history.replay import OnProgress, Replayed, Wanted, replay
 from bus.history.selection import Predicate, Selection, Types
 from bus.publisher import Publisher, Receipt
 from bus.streams.address import parse_url
@@ -267,6 +270,49 @@ class Bus:
         Errors: DeclarationError for a bad name; WrongKeyType; ServerError.
         """
         return await backlog(self.store, self.topics, topic)
+
+    async def replay(
+        self,
+        topic: str,
+        *,
+        to: "str | Handler[...] | Bus | Callable[..., Any]",
+        since: Position = None,
+        until: Position = None,
+        types: Types = None,
+        key: str | None = None,
+        where: Predicate | None = None,
+        limit: int | None = None,
+        rate: float | None = None,
+        dry_run: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: OnProgress | None = None,
+    ) -> Replayed:
+        """Replay what `history` finds into one group, one function, or as new events.
+
+        to: the name of a group: into its inboxes, for its workers alone, each once. A function as
+            a handler has, or a handler: called here, one event after the other; what it raises
+            ends the replay. A bus: published there again, as new events for every group.
+        since, until: fixed as it begins. limit: events at most. rate: events a second at most.
+        dry_run: counts, and gives a sample. progress: called with a `Progress`, 5 times a second.
+        checkpoint: a file that is made; the same call goes on from it, also after a kill, and
+            puts nothing twice into an inbox (the last event may come to a function again).
+        XRANGE of 500; then one script per batch and stream, a transaction, or a call. While an
+        inbox holds half of the room between keep and maxlen, or a stream is full, it waits.
+        Errors: DeclarationError, UnknownTopic, UnknownGroup; CheckpointError; ServerError.
+        """
+        wanted = Wanted(
+            topic,
+            since,
+            until,
+            Selection(types, key, where),
+            limit=limit,
+            rate=rate,
+            dry_run=dry_run,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        destination = destination_of(self.store, self.telemetry, self, to)
+        return await replay(self.store, self.topics, self.telemetry, wanted, destination)
 
     # --- the application's own state
 

@@ -70,6 +70,11 @@ THROTTLE_S = 0.1  # a rate is kept in steps of this length: even, and not one by
 INBOX_SHARE = (
     2  # replays fill an inbox to half of what may be moved there: the rest is for the live
 )
+REPLAY_MEMORY_S = 30 * 86_400  # a replay that was killed can be gone on with for so long
+REPLAY_PATIENCE_S = 60.0  # for a server that is away or refuses; then the checkpoint stands
+CHECKPOINT_S = 0.5  # how often it is written: cheap beside what a batch takes
+PROGRESS_S = 0.2
+SAMPLE = 10  # envelopes that a dry run shows
 INBOX_WAIT_LEAST_S = 0.01  # between two looks for room in an inbox...
 INBOX_WAIT_MOST_S = 1.0  # ...longer and longer: its handler may take hours
 

@@ -133,6 +133,8 @@ class Failure:
 
 # --- what is delivered
 
+REPLAY, REDRIVE = "replay-", "redrive-"  # how the name of a run begins
+
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
@@ -144,6 +146,7 @@ class Envelope:
     time: UTC; when it happened, or when it was appended if the publisher did not say.
     correlation_id, causation_id: the ids of the first event of the chain, and of its cause.
     causation_depth: how many causes it has: 0 if no handler published it.
+    run: which replay or redrive brought it, "" if none did.
     data: the encoded event. `event` decodes it, each time it is asked for.
     """
 
@@ -160,6 +163,7 @@ class Envelope:
     traceparent: str | None = None
     tracestate: str | None = None
     causation_depth: int = 0
+    run: str = ""
     data: bytes = field(default=b"", repr=False)
     _decode: Callable[[bytes], Event] | None = field(default=None, repr=False, compare=False)
 
@@ -284,6 +288,20 @@ class Delivery(Generic[E_co]):
         if self._envelope is None:
             self._envelope = self.origin.open_envelope(self)
         return self._envelope
+
+    @property
+    def replayed(self) -> bool:
+        """Whether a replay brought it; `envelope.entry_id` and `.time` are those it had before."""
+        return self._run.startswith(REPLAY)
+
+    @property
+    def redriven(self) -> bool:
+        """Whether it was a dead letter, and brought back by hand."""
+        return self._run.startswith(REDRIVE)
+
+    @property
+    def _run(self) -> str:
+        return "" if self.origin.stream == self.origin.home else self.envelope.run
 
     @property
     def group(self) -> str:

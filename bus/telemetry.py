@@ -150,6 +150,24 @@ EVENTS: dict[str, Emitted] = {
         (*_ENTRY, *_ERROR),
         "on_dead raised, was cut off, or not called as the worker stopped; the dead letter stays",
     ),
+    # looking back
+    "replay.started": Emitted(_I, ("run", "topic", "to"), "a replay reads from now on"),
+    "replay.waits": Emitted(
+        _W, ("run", "stream", "to"), "no room where it goes; said once until something is taken"
+    ),
+    "replay.retried": Emitted(
+        _W, ("run", "stream", "error_type", "error"), "a batch is put again; what is there stays"
+    ),
+    "replay.unreadable": Emitted(
+        _W,
+        ("stream", "entry_id", "error_type", "error"),
+        "left out: no event, or not to be decoded",
+    ),
+    "replay.finished": Emitted(
+        _I,
+        ("run", "topic", "to", "replayed", "unreadable", "duration_s"),
+        "everything that was asked for is where it was to go",
+    ),
     # workers, groups, streams
     "worker.started": Emitted(_I, ("worker", "server", "groups", "streams"), "reads from now on"),
     "worker.stopping": Emitted(_I, ("worker", "reason"), "reads no more, lets handlers finish"),

@@ -12,7 +12,7 @@ from bus.delivery import Envelope, entry_time
 from bus.errors import Undecodable
 from bus.event import Event
 from bus.history.patience import patiently
-from bus.history.position import Position, as_id
+from bus.history.position import Position, span
 from bus.history.selection import Selection
 from bus.streams import keys
 from bus.streams.answers import RawEntry
@@ -35,16 +35,14 @@ async def history(
     reverse: bool = False,
 ) -> AsyncIterator[Envelope]:
     """Yield the envelopes of `topic` in the order of their entry ids. See `Bus.history`."""
-    first, last = as_id(since, default="-"), as_id(until, default="+")
+    bounds = span(since, until)
     if limit is not None:
         checked_number(limit, "limit", 0, 2**63, whole=True)
     streams = await streams_of(topics, topic, selection.key)
     left = -1 if limit is None else limit
     if not left:
         return
-    async for stream, entry in merged(
-        store, dict.fromkeys(streams, (first, last)), reverse=reverse
-    ):
+    async for stream, entry in merged(store, dict.fromkeys(streams, bounds), reverse=reverse):
         if selection.names(entry):
             envelope = envelope_of(stream, entry)
             if selection.where is None or selection.admits(envelope):

@@ -42,6 +42,28 @@ def as_id(position: Position, *, now: datetime | None = None, default: str = "-"
     )
 
 
+def span(since: Position, until: Position) -> tuple[str, str]:
+    """Return the first and the last id of a range, both included.
+
+    Errors: DeclarationError, also for a range that ends before it begins.
+    """
+    now = datetime.now(UTC)
+    first, last = as_id(since, now=now, default="-"), as_id(until, now=now, default="+")
+    if _order(first, -1) > _order(last, 2**64):
+        raise DeclarationError(
+            f"the range ends before it begins: since {since} ({first}), until {until} ({last})"
+        )
+    return first, last
+
+
+def _order(place: str, without_sequence: int) -> tuple[int, int]:
+    """Return where an id stands; one of milliseconds alone is all of that millisecond."""
+    if place in ("-", "+"):
+        return (-1, 0) if place == "-" else (2**64, 0)
+    ms, _, sequence = place.partition("-")
+    return int(ms), int(sequence) if sequence else without_sequence
+
+
 def _of_text(text: str, now: datetime) -> str | None:  # noqa: PLR0911 - one per form
     if text in ("start", "-"):
         return "-"

@@ -67,6 +67,18 @@ class Buried(IntEnum):
     FULL = 2
 
 
+class Copied(NamedTuple):
+    """What a replay did: entries copied now, those that were gone, whether the inbox is full.
+
+    total: copied by the run in all.
+    """
+
+    copied: int
+    gone: int
+    full: bool
+    total: int
+
+
 class Fate(IntEnum):
     """What became of effects.
 

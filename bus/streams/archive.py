@@ -5,10 +5,14 @@ Bodies hold up neither verdicts nor publishes there. Errors of all of them as of
 
 from collections.abc import Sequence
 
-from bus.streams.answers import RawEntry
+from bus.streams import keys
+from bus.streams.answers import Copied, RawEntry
 from bus.streams.connection import Arg, Connection, Server
 from bus.streams.replies import Reply, ReplyError
+from bus.streams.script import Script
 from bus.telemetry import Telemetry
+
+_replay = Script("replay")
 
 
 class Archive:
@@ -38,3 +42,55 @@ class Archive:
     async def look(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
         """Send commands that only read, in one write; errors are among the replies."""
         return await self._connection.pipeline(commands)
+
+    # --- replaying
+
+    async def ends(self, streams: Sequence[str], first: str, last: str) -> list[RawEntry | None]:
+        """Return the first and the last entry of each stream between two ids; None where none is.
+
+        XRANGE and XREVRANGE of one each, one write.
+        """
+        commands: list[tuple[Arg, ...]] = []
+        for stream in streams:
+            commands.append(("XRANGE", stream, first, last, "COUNT", 1))
+            commands.append(("XREVRANGE", stream, last, first, "COUNT", 1))
+        found: list[RawEntry | None] = []
+        for command, rows in zip(commands, await self.look(commands), strict=True):
+            if isinstance(rows, ReplyError):
+                raise rows.explained(str(command[1]))
+            found.append((rows[0][0], rows[0][1]) if rows else None)
+        return found
+
+    async def replay(
+        self, stream: str, group: str, run: str, most: int, memory_s: int, ids: Sequence[bytes]
+    ) -> Copied:
+        """Copy entries to a group's inbox, once per run, while it has less than `most`.
+
+        ids: rising. `replay.lua`, about 6 us of server per entry; may be repeated.
+        """
+        target = (stream, keys.inbox(stream, group), keys.replay(stream, run))
+        args: list[Arg] = [group, run, most, memory_s, *ids]
+        try:
+            copied, gone, full, total = await _replay.run(self._connection, target, args)
+        except ReplyError as error:
+            raise error.explained(keys.inbox(stream, group)) from None
+        return Copied(copied, gone, bool(full), total)
+
+    async def replayed(self, streams: Sequence[str], run: str) -> dict[str, tuple[bytes, int]]:
+        """Return how far a run has come: stream -> the last id and how many. GET each, one write.
+
+        A stream of which nothing was replayed, or is remembered, is left out.
+        """
+        commands: list[tuple[Arg, ...]] = [("GET", keys.replay(s, run)) for s in streams]
+        found = {}
+        for stream, memory in zip(streams, await self.look(commands), strict=True):
+            if isinstance(memory, ReplyError):
+                raise memory.explained(keys.replay(stream, run))
+            if memory is not None:
+                last, _, total = memory.partition(b" ")
+                found[stream] = last, int(total)
+        return found
+
+    async def forget_replay(self, streams: Sequence[str], run: str) -> None:
+        """Forget a run that is over. DEL."""
+        await self.look([("DEL", *(keys.replay(s, run) for s in streams))])

@@ -256,9 +256,10 @@ def original_id(delivery: Delivery[Any]) -> bytes:
     return moved(delivery.entry_id, delivery.fields).origin
 
 
-def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope:
+def open_envelope(stream: str, entry_id: bytes, fields: list[bytes], run: str = "") -> Envelope:
     """Make the envelope of an entry; the event itself is decoded when asked for.
 
+    run: which replay or redrive brought it.
     Errors: Undecodable when id, type or data is missing or a header is not UTF-8.
     """
     located = locate(fields)
@@ -293,6 +294,7 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope
         traceparent=text(b"traceparent"),
         tracestate=text(b"tracestate"),
         causation_depth=_depth(found.get(b"causationdepth", b"0")),
+        run=run,
         data=located.data or b"",
         _decode=decode_late,
     )
@@ -300,7 +302,8 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes]) -> Envelope
 
 def envelope_of(delivery: Delivery[Any]) -> Envelope:
     """Make the envelope of a delivery. Errors: Undecodable."""
-    return open_envelope(delivery.origin.home, original_id(delivery), delivery.fields)
+    home = delivery.origin.home
+    return open_envelope(home, original_id(delivery), delivery.fields, run_of(delivery))
 
 
 def _depth(digits: bytes) -> int:

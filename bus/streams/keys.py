@@ -13,6 +13,7 @@
     bus:{document:0}:once:<group>:<run>:<type>:<id>
                                         string, expires: an event was handled, or which entry of
                                         it may be; run: of a replay or redrive, else empty
+    bus:{document:0}:replay:<run>       string, expires: how far a replay of it has come
     bus:tx:<publisher>:<n>              string, expires: its last transaction but those under way;
                                         on a Cluster `bus:{<tag>}:tx:...`, beside what it touches
 
@@ -117,6 +118,11 @@ def _short(part: bytes, reserved: str) -> str:
 def producer(stream_key: str, publisher: str) -> str:
     """Return the key under which the server remembers a publisher's last batch."""
     return f"{stream_key}:pub:{publisher}"
+
+
+def replay(stream_key: str, run: str) -> str:
+    """Return the key under which the server remembers how far a replay of one stream has come."""
+    return f"{home(stream_key)}:replay:{run}"
 
 
 def transaction(publisher: str, ticket: int, tag: str | None) -> str:

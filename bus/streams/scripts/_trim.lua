@@ -1,17 +1,6 @@
 -- Shared head of the scripts that make room in a stream; not a verb by itself.
 
--- Whether entry id `a` is smaller than `b`. Sequences may exceed what a Lua number counts exactly,
--- so digits are compared: the longer number is the larger.
-local function before(a, b)
-  local am, as = string.match(a, '^(%d+)-(%d+)$')
-  local bm, bs = string.match(b, '^(%d+)-(%d+)$')
-  if am ~= bm then
-    if #am ~= #bm then return #am < #bm end
-    return am < bm
-  end
-  if #as ~= #bs then return #as < #bs end
-  return as < bs
-end
+-- include _ids
 
 local function after(id)
   local ms, low = string.match(id, '^(%d+)-(%d+)$')

@@ -1,0 +1,306 @@
+"""Where a replay goes: into one handler's inbox, to a function in this program, or out again."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from bus.config import READ_COUNT, REPLAY_MEMORY_S, REPLAY_PATIENCE_S, checked_name
+from bus.delivery import Delivery, Origin, current_delivery
+from bus.errors import (
+    BusError,
+    DeclarationError,
+    InvalidEvent,
+    PublishUnknown,
+    StreamFull,
+    Undecodable,
+    UnknownGroup,
+)
+from bus.handler import Handler
+from bus.history.event_store import envelope_of
+from bus.history.patience import patiently
+from bus.signature import checked_signature
+from bus.streams import keys
+from bus.streams.answers import RawEntry
+from bus.streams.codec import envelope_of as envelope_of_delivery
+from bus.streams.stream import StreamStore
+from bus.streams.topics import Record
+from bus.telemetry import Telemetry
+from bus.transaction import Transaction
+
+Memory = dict[str, tuple[bytes, int]]  # stream -> the last id that was replayed, and how many
+
+
+class Outcome(NamedTuple):
+    """What became of a batch. left: those for which there was no room; put them again later."""
+
+    replayed: int
+    gone: int = 0
+    unreadable: int = 0
+    left: Sequence[RawEntry] = ()
+
+
+class Destination:
+    """Takes what is replayed, batch by batch, each of one stream and in its order.
+
+    name: what the checkpoint calls it. most: entries per batch.
+    """
+
+    name: str
+    most: int
+
+    async def check(self, streams: Sequence[str], record: Record) -> None:
+        """Refuse what cannot go there. Errors: UnknownGroup."""
+
+    def wants(self, type: str) -> bool:  # noqa: ARG002 - the others do
+        """Return whether it takes events of that type at all."""
+        return True
+
+    async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
+        """Take a batch, each entry once per run if the server remembers it."""
+        raise NotImplementedError
+
+    async def recall(self, run: str, streams: Sequence[str]) -> Memory | None:  # noqa: ARG002
+        """Ask the server how far a run has come. None if it is not told."""
+        return None
+
+    async def forget(self, run: str, streams: Sequence[str]) -> None:
+        """Have the server forget a run that is over."""
+
+
+class _OnServer(Destination):
+    """One whose server remembers, in the step that puts it there, what a run has put."""
+
+    def __init__(self, store: StreamStore) -> None:
+        self._store = store
+        self._totals: dict[str, int] = {}
+
+    async def recall(self, run: str, streams: Sequence[str]) -> Memory | None:
+        """Ask how far a run has come. GET each."""
+        memory = await patiently(lambda: self._store.archive.replayed(streams, run))
+        self._totals = {stream: total for stream, (_, total) in memory.items()}
+        return memory
+
+    async def forget(self, run: str, streams: Sequence[str]) -> None:
+        """Forget it. DEL."""
+        await patiently(lambda: self._store.archive.forget_replay(streams, run))
+
+
+class IntoInbox(_OnServer):
+    """One group's inboxes: its workers handle what comes, and nobody else notices."""
+
+    most = READ_COUNT
+
+    def __init__(self, store: StreamStore, telemetry: Telemetry, group: str) -> None:
+        super().__init__(store)
+        self.name = self._group = checked_name(group, "group name")
+        self._telemetry = telemetry
+        self._room = 0
+
+    async def check(self, streams: Sequence[str], record: Record) -> None:
+        """Refuse a group that no stream has. XINFO GROUPS each. Errors: UnknownGroup."""
+        self._room = record.inbox_most
+        there: set[str] = set()
+        for stream in streams:
+            there.update(await self._store.groups_of(stream))
+            if self._group in there:
+                return
+        close = get_close_matches(self._group, there, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UnknownGroup(
+            f"topic {keys.topic_of(streams[0])} has no group {self._group}: {hint}it has"
+            f" {', '.join(sorted(there)) or 'none'}. A worker that serves the handler makes it"
+        )
+
+    async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
+        """Copy entries into the inbox of one stream, on the server. `replay.lua`."""
+        ids = [entry_id for entry_id, _ in entries]
+        answer = await patiently(
+            lambda: self._store.archive.replay(
+                stream, self._group, run, self._room, REPLAY_MEMORY_S, ids
+            ),
+            REPLAY_PATIENCE_S,
+            lambda error: _tell_retried(self._telemetry, run, stream, error),
+        )
+        # By the total: a call whose answer was lost may have copied some of them.
+        replayed = answer.total - self._totals.get(stream, 0)
+        self._totals[stream] = answer.total
+        # All of them again: the server passes over what it has copied.
+        return Outcome(replayed, answer.gone, left=entries if answer.full else ())
+
+
+class ToFunction(Destination):
+    """A function of this program: called with one event after the other, here and now."""
+
+    most = 1
+
+    def __init__(self, bus: Any, telemetry: Telemetry, call: "Callable[..., Any]") -> None:
+        self._bus = bus
+        self._telemetry = telemetry
+        self._handler = call if isinstance(call, Handler) else None
+        if self._handler is not None:
+            if self._handler.batch is not None:
+                raise DeclarationError(
+                    f"handler {self._handler.group} takes batches: replay into its group"
+                    f" (to={self._handler.group!r}), or to a function that takes one event"
+                )
+            self._call: Callable[..., Any] = self._handler.call
+            self._group = self._handler.group
+            self._takes_delivery = self._handler.takes_delivery
+        else:
+            self._call = call
+            self._group = "replay"
+            self._takes_delivery = checked_signature(call, [], self._group, batch=False)
+        place = getattr(self._call, "__func__", self._call)
+        called = getattr(place, "__qualname__", type(call).__qualname__)
+        self.name = f"{getattr(place, '__module__', '')}:{called}"
+
+    def wants(self, type: str) -> bool:
+        """Return whether the handler asked for it; a plain function takes everything."""
+        return self._handler is None or self._handler.wants(type)
+
+    async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
+        """Call the function with each; what it raises ends the replay before that event."""
+        replayed = unreadable = 0
+        inbox = keys.inbox(stream, self._group)
+        origin = Origin(self._group, inbox, stream, self._bus, envelope_of_delivery)
+        for entry_id, fields in entries:
+            # As it would lie in the inbox: so it says of itself that it is replayed, and what the
+            # function publishes has the ids of this run.
+            marked = [*fields, b"origentry", entry_id, b"run", run.encode()]
+            delivery: Delivery[Any] = Delivery(origin, entry_id, marked, 1, 0.0)
+            try:
+                delivery.event = delivery.envelope.event
+            except Undecodable as error:
+                unreadable += 1
+                tell_unreadable(self._telemetry, stream, entry_id, error)
+                continue
+            await self._run(delivery)
+            replayed += 1
+        return Outcome(replayed, unreadable=unreadable)
+
+    async def _run(self, delivery: Delivery[Any]) -> None:
+        delivery.refuse_effects(
+            "a replay in a program of yours has no ack to take effects with: use bus.transaction()"
+        )
+        cause = current_delivery.set(delivery)
+        try:
+            args = (delivery.event, delivery) if self._takes_delivery else (delivery.event,)
+            result = self._call(*args)
+            if inspect.isawaitable(result):
+                await result
+        finally:
+            delivery.settled = True
+            current_delivery.reset(cause)
+
+
+@runtime_checkable
+class Republishes(Protocol):
+    """What is needed of the bus that events are published to again."""
+
+    store: StreamStore
+
+    @property
+    def address(self) -> str:
+        """Where its server is."""
+
+    def transaction(self) -> Transaction:
+        """Begin a transaction."""
+
+
+class ToBus(_OnServer):
+    """New events, for every group: what happened is published again, on this bus or another."""
+
+    most = 100
+
+    def __init__(self, bus: Republishes, telemetry: Telemetry) -> None:
+        super().__init__(bus.store)
+        self.name = f"publish:{bus.address}"
+        self._bus = bus
+        self._telemetry = telemetry
+
+    async def check(self, streams: Sequence[str], record: Record) -> None:  # noqa: ARG002
+        """See to it that a batch can fit."""
+        self.most = max(1, min(self.most, (record.maxlen - record.keep) // 2))
+
+    async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
+        """Publish a batch, and remember it in the same step. A transaction."""
+        change = self._bus.transaction()
+        last = entries[-1][0].decode()
+        try:
+            async with change:
+                for entry in entries:
+                    self._publish(change, run, stream, entry)
+                sent = len(change.sent)
+                if not sent:
+                    return Outcome(0, unreadable=len(entries))
+                total = self._totals.get(stream, 0) + sent
+                memory = keys.replay(stream, run)
+                change.finally_set(memory, f"{last} {total}", REPLAY_MEMORY_S * 1000)
+        except StreamFull:
+            return Outcome(0, left=entries)
+        except PublishUnknown as error:
+            _tell_retried(self._telemetry, run, stream, error)
+            known = (await self._store.archive.replayed([stream], run)).get(stream)
+            if known is None or known[1] != total:
+                return Outcome(0, left=entries)
+        self._totals[stream] = total
+        return Outcome(sent, unreadable=len(entries) - sent)
+
+    def _publish(self, change: Transaction, run: str, stream: str, entry: RawEntry) -> None:
+        envelope = envelope_of(stream, entry)
+        try:
+            change.publish(
+                envelope.event,
+                event_id=_new_id(run, stream, envelope.entry_id),
+                time=envelope.time,
+                source=envelope.source,
+                correlation_id=envelope.correlation_id or envelope.event_id,
+                causation_id=envelope.event_id,
+                traceparent=envelope.traceparent,
+                tracestate=envelope.tracestate,
+            )
+        except (Undecodable, InvalidEvent, DeclarationError) as error:
+            tell_unreadable(self._telemetry, stream, entry[0], error)
+
+
+def destination_of(store: StreamStore, telemetry: Telemetry, bus: Any, to: Any) -> Destination:
+    """Return what `to` names: a group, a bus to publish on, or a function. Errors: Declaration."""
+    if isinstance(to, str):
+        return IntoInbox(store, telemetry, to)
+    if isinstance(to, Republishes):
+        return ToBus(to, telemetry)
+    if callable(to):
+        return ToFunction(bus, telemetry, to)
+    raise DeclarationError(
+        f"to is the name of a group, a function or handler to call, or a bus to publish on,"
+        f" not {to!r}"
+    )
+
+
+def _new_id(run: str, stream: str, entry_id: str) -> str:
+    """Return the id of a published copy: of one run the same, however often it is tried."""
+    text = f"{run} {stream} {entry_id}"
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def tell_unreadable(telemetry: Telemetry, stream: str, entry_id: bytes, error: BusError) -> None:
+    """Tell of an entry that a replay leaves out."""
+    telemetry.emit(
+        "replay.unreadable",
+        stream=stream,
+        entry_id=entry_id.decode(),
+        error_type=type(error).__name__,
+        error=str(error),
+    )
+
+
+def _tell_retried(telemetry: Telemetry, run: str, stream: str, error: BaseException) -> None:
+    telemetry.emit(
+        "replay.retried",
+        run=run,
+        stream=stream,
+        error_type=type(error).__name__,
+        error=str(error),
+    )

@@ -1,0 +1,395 @@
+"""History again: what happened, once more for one handler, one function, or everybody.
+
+A replay reads a range of a topic that is fixed when it begins, and puts what is asked for where it
+is to go, batch by batch. With a checkpoint it can be stopped or killed, and goes on where it was:
+what the destination's server has, it remembers in the step that puts it there, so that nothing is
+twice in an inbox, nor published twice. Only a function may be called again with the last event.
+"""
+
+import asyncio
+import inspect
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from bus.config import (
+    BATCH_BYTES,
+    CHECKPOINT_S,
+    PROGRESS_S,
+    SAMPLE,
+    checked_number,
+)
+from bus.delivery import REPLAY, Envelope, entry_time
+from bus.errors import CheckpointError, DeclarationError, InvalidEvent, Undecodable
+from bus.history.checkpoint import Checkpoint, Counts, Place, Saved
+from bus.history.destinations import Destination, tell_unreadable
+from bus.history.event_store import envelope_of, merged, streams_of
+from bus.history.patience import patiently
+from bus.history.position import Position, span
+from bus.history.selection import Selection
+from bus.history.throttle import Throttle
+from bus.streams.answers import RawEntry
+from bus.streams.codec import locate
+from bus.streams.stream import StreamStore
+from bus.streams.topics import TopicTable
+from bus.telemetry import Telemetry
+
+_MOST_FIELDS = 7_000  # names and values that a script can pass on; only others write such entries
+_LOOK_EVERY = 64  # entries between two looks at the clock
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a replay is. Entries, of all its sessions.
+
+    read: looked at. matched: asked for. replayed: those of them that are where they were to go.
+    unreadable: no event of ours, or not to be decoded where it must be. gone: trimmed or deleted
+    between the look and the replay.
+    share: of the range, by time, 0 to 1. at: the time that was reached, None before the first.
+    waiting: whether there is no room where it goes.
+    """
+
+    read: int
+    matched: int
+    replayed: int
+    unreadable: int
+    gone: int
+    share: float
+    at: datetime | None
+    waiting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a replay did; see `Progress` for the counts.
+
+    run: its name, in the field `run` of inbox entries. resumed: whether it went on from a
+    checkpoint. sample: of a dry run, the first envelopes that it would replay.
+    """
+
+    read: int
+    matched: int
+    replayed: int
+    unreadable: int
+    gone: int
+    run: str = ""
+    resumed: bool = False
+    sample: tuple[Envelope, ...] = ()
+
+
+OnProgress = Callable[[Progress], Awaitable[None] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a replay was asked for; see `Bus.replay`."""
+
+    topic: str
+    since: Position
+    until: Position
+    selection: Selection
+    limit: int | None
+    rate: float | None
+    dry_run: bool
+    checkpoint: str | os.PathLike[str] | None
+    progress: OnProgress | None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            checked_number(self.limit, "limit", 1, 2**53, whole=True)
+        if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
+            raise DeclarationError(f"checkpoint is the path of a file, not {self.checkpoint!r}")
+        if self.progress is not None and not callable(self.progress):
+            raise DeclarationError(f"progress is a function of a Progress, not {self.progress!r}")
+
+    def said(self, destination: str) -> dict[str, Any]:
+        """Return what must be the same when the replay is gone on with."""
+        where = self.selection.where
+        return {
+            "topic": self.topic,
+            "to": destination,
+            "since": None if self.since is None else str(self.since),
+            "until": None if self.until is None else str(self.until),
+            "types": self.selection.patterns,
+            "key": self.selection.key,
+            "where": None
+            if where is None
+            else getattr(where, "__qualname__", type(where).__name__),
+            "limit": self.limit,
+        }
+
+
+async def replay(
+    store: StreamStore,
+    topics: TopicTable,
+    telemetry: Telemetry,
+    wanted: Wanted,
+    destination: Destination,
+) -> Replayed:
+    """Replay what is wanted. See `Bus.replay`."""
+    throttle = Throttle(wanted.rate)
+    bounds = span(wanted.since, wanted.until)
+    record = await topics.existing(wanted.topic)
+    streams = await streams_of(topics, wanted.topic, wanted.selection.key)
+    await destination.check(streams, record)
+    file = Checkpoint(None if wanted.dry_run else wanted.checkpoint)
+    asked = wanted.said(destination.name)
+    saved = file.load(asked)
+    resumed = saved is not None
+    if saved is None:
+        places = await _places(store, streams, *bounds)
+        saved = Saved(REPLAY + secrets.token_hex(8), asked, places)
+        file.save(saved)  # the name of the run must be known before anything has it
+    elif not saved.finished:
+        await _find_out(saved, destination)
+    run = _Run(store, telemetry, wanted, destination, throttle, file, saved)
+    if not saved.finished:
+        await run.go()
+    counts = saved.counts
+    return Replayed(
+        counts.read,
+        counts.matched,
+        counts.replayed,
+        counts.unreadable,
+        counts.gone,
+        "" if wanted.dry_run else saved.run,
+        resumed,
+        tuple(run.sample),
+    )
+
+
+async def _places(
+    store: StreamStore, streams: list[str], first: str, last: str
+) -> dict[str, Place]:
+    """Fix the range: what is appended from now on is not replayed, and not read for ever."""
+    ends = await patiently(lambda: store.archive.ends(streams, first, last))
+    places = {}
+    for stream, oldest, newest in zip(streams, ends[::2], ends[1::2], strict=True):
+        if oldest is not None and newest is not None:
+            places[stream] = Place(oldest[0].decode(), newest[0].decode())
+    return places
+
+
+async def _find_out(saved: Saved, destination: Destination) -> None:
+    """Correct what the checkpoint says by what the server remembers: it may be older, or newer."""
+    memory = await destination.recall(saved.run, list(saved.places))
+    if memory is None:
+        return
+    for stream, place in saved.places.items():
+        last, _ = memory.get(stream, (b"", 0))
+        if not last and place.done:
+            raise CheckpointError(
+                f"the server no longer remembers the run {saved.run} in {stream}: it has lost its"
+                " data, or 30 days have passed. What of it is in the inbox is not known: look"
+                " there, delete the checkpoint and start over"
+            )
+        # An older one: the server was restored to what it was before, with what had been put.
+        if last and (_order(last) < _order(place.done) or _order(last) > _order(place.read)):
+            place.read = last.decode()
+        place.done = last.decode()
+    saved.counts.replayed = sum(total for _, total in memory.values())
+
+
+class _Run:
+    """One session of a replay."""
+
+    def __init__(
+        self,
+        store: StreamStore,
+        telemetry: Telemetry,
+        wanted: Wanted,
+        destination: Destination,
+        throttle: Throttle,
+        file: Checkpoint,
+        saved: Saved,
+    ) -> None:
+        self._store = store
+        self._telemetry = telemetry
+        self._wanted = wanted
+        self._destination = destination
+        self._throttle = throttle
+        self._file = file
+        self._saved = saved
+        self._counts: Counts = saved.counts
+        self._batch: dict[str, list[RawEntry]] = {}
+        self._held = self._held_bytes = 0
+        self._seen: dict[str, bytes] = {}  # stream -> what was read of it, to be noted when done
+        self._last: bytes = b""
+        self._waits = False  # for room; told once until something is taken
+        self._saved_at = self._told_at = float("-inf")
+        self.sample: list[Envelope] = []
+
+    async def go(self) -> None:
+        """Read, put, and note how far it came, to the end or to the first error."""
+        wanted, saved = self._wanted, self._saved
+        started = asyncio.get_running_loop().time()
+        if not wanted.dry_run:
+            self._telemetry.emit(
+                "replay.started", run=saved.run, topic=wanted.topic, to=self._destination.name
+            )
+        try:
+            await self._read()
+            saved.finished = not wanted.dry_run
+        finally:
+            self._file.save(saved)
+        await self._tell()
+        if not wanted.dry_run:
+            # After the file says so: a run that is not known to be over must be remembered.
+            await self._destination.forget(saved.run, list(saved.places))
+            self._telemetry.emit(
+                "replay.finished",
+                run=saved.run,
+                topic=wanted.topic,
+                to=self._destination.name,
+                replayed=self._counts.replayed,
+                unreadable=self._counts.unreadable,
+                duration_s=asyncio.get_running_loop().time() - started,
+            )
+
+    async def _read(self) -> None:
+        bounds = {
+            stream: ("(" + place.read if place.read else place.first, place.last)
+            for stream, place in self._saved.places.items()
+        }
+        most = min(self._throttle.most, self._destination.most)
+        left = self._left()
+        if not left:
+            return
+        async for stream, entry in merged(self._store, bounds):
+            self._counts.read += 1
+            self._seen[stream] = self._last = entry[0]
+            if self._takes(stream, entry):
+                self._counts.matched += 1
+                self._hold(stream, entry)
+                if self._held >= min(most, left) or self._held_bytes >= BATCH_BYTES // 2:
+                    await self._flush()
+                    left = self._left()
+                    if not left:
+                        return
+            if self._counts.read % _LOOK_EVERY == 0:
+                await self._look_at_the_clock()
+        await self._flush()
+
+    def _left(self) -> float:
+        """Return how many more may be replayed."""
+        limit, done = self._wanted.limit, self._counts.replayed
+        if limit is None:
+            return float("inf")
+        return limit - (self._counts.matched if self._wanted.dry_run else done)
+
+    def _takes(self, stream: str, entry: RawEntry) -> bool:
+        """Return whether an entry is asked for; what is no event, or not readable, is told."""
+        selection = self._wanted.selection
+        if not selection.names(entry):
+            return False
+        try:
+            _check_is_event(entry)
+            if not self._destination.wants((locate(entry[1]).type or b"").decode(errors="replace")):
+                return False
+            if selection.where is None and not self._wanted.dry_run:
+                return True
+            envelope = envelope_of(stream, entry)
+            taken = selection.where is None or bool(selection.where(envelope))
+        except (Undecodable, InvalidEvent) as error:
+            self._counts.unreadable += 1
+            tell_unreadable(self._telemetry, stream, entry[0], error)
+            return False
+        if taken and self._wanted.dry_run and len(self.sample) < SAMPLE:
+            self.sample.append(envelope)
+        return taken
+
+    def _hold(self, stream: str, entry: RawEntry) -> None:
+        if not self._wanted.dry_run:
+            self._batch.setdefault(stream, []).append(entry)
+            self._held_bytes += sum(map(len, entry[1]))
+        self._held += 1
+
+    async def _flush(self) -> None:
+        """Put what is held where it is to go, then note that it is there."""
+        held, self._held, self._held_bytes = self._held, 0, 0
+        batch, self._batch = self._batch, {}
+        for stream, entries in batch.items():
+            left: list[RawEntry] = entries
+            while left:
+                outcome = await self._destination.put(self._saved.run, stream, left)
+                self._counts.replayed += outcome.replayed
+                self._counts.gone += outcome.gone
+                self._counts.unreadable += outcome.unreadable
+                if outcome.replayed:
+                    self._waits = False
+                if outcome.left:
+                    await self._wait_for_room(stream)
+                left = list(outcome.left)
+            self._saved.places[stream].done = entries[-1][0].decode()
+        for stream, entry_id in self._seen.items():
+            self._saved.places[stream].read = entry_id.decode()
+        self._seen.clear()
+        if held and not self._wanted.dry_run:
+            await self._throttle.passed(held)
+        await self._look_at_the_clock()
+
+    async def _wait_for_room(self, stream: str) -> None:
+        await self._tell(waiting=True)
+        if not self._waits:
+            self._waits = True
+            self._telemetry.emit(
+                "replay.waits", run=self._saved.run, stream=stream, to=self._destination.name
+            )
+        await self._throttle.no_room()
+
+    async def _look_at_the_clock(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._saved_at >= CHECKPOINT_S:
+            self._saved_at = now
+            await self._flush()  # what is rare must not wait for a whole batch
+            self._file.save(self._saved)
+        if now - self._told_at >= PROGRESS_S:
+            self._told_at = now
+            await self._tell()
+
+    async def _tell(self, *, waiting: bool = False) -> None:
+        if self._wanted.progress is None:
+            return
+        counts = self._counts
+        told = self._wanted.progress(
+            Progress(
+                counts.read,
+                counts.matched,
+                counts.replayed,
+                counts.unreadable,
+                counts.gone,
+                self._share(),
+                entry_time(self._last) if self._last else None,
+                waiting,
+            )
+        )
+        if inspect.isawaitable(told):
+            await told
+
+    def _share(self) -> float:
+        """Return how much of the range is behind it, by time: ids are milliseconds."""
+        if not self._last:
+            return 1.0 if self._saved.finished else 0.0
+        first = min(_order(p.first)[0] for p in self._saved.places.values())
+        last = max(_order(p.last)[0] for p in self._saved.places.values())
+        return min(1.0, (_order(self._last)[0] - first + 1) / (last - first + 1))
+
+
+def _check_is_event(entry: RawEntry) -> None:
+    """Refuse an entry that is none. Errors: Undecodable, InvalidEvent."""
+    fields = entry[1]
+    located = locate(fields)
+    for name in ("id", "type", "data"):
+        if getattr(located, name) is None:
+            raise Undecodable(f"the entry has no field `{name}`")
+    if len(fields) > _MOST_FIELDS:
+        raise InvalidEvent(f"the entry has {len(fields) // 2:,} fields, too many to be copied")
+
+
+def _order(entry_id: bytes | str) -> tuple[int, int]:
+    text = entry_id if isinstance(entry_id, str) else entry_id.decode()
+    ms, _, sequence = text.partition("-")
+    return int(ms or 0), int(sequence or 0)
