@@ -12,7 +12,7 @@ from bus.delivery import Envelope, entry_time
 from bus.errors import Undecodable
 from bus.event import Event
 from bus.history.patience import patiently
-from bus.history.position import Position, span
+from bus.history.position import Position, as_id
 from bus.history.selection import Selection
 from bus.streams import keys
 from bus.streams.answers import RawEntry
@@ -35,7 +35,7 @@ async def history(
     reverse: bool = False,
 ) -> AsyncIterator[Envelope]:
     """Yield the envelopes of `topic` in the order of their entry ids. See `Bus.history`."""
-    bounds = span(since, until)
+    bounds = as_id(since, default="-"), as_id(until, default="+")
     if limit is not None:
         checked_number(limit, "limit", 0, 2**63, whole=True)
     streams = await streams_of(topics, topic, selection.key)
@@ -170,7 +170,7 @@ def envelope_of(stream: str, entry: RawEntry) -> Envelope:
 def _unreadable(stream: str, entry_id: bytes, fields: list[bytes], error: Undecodable) -> Envelope:
     located = locate(fields)
 
-    def refuse(_: bytes) -> Event:
+    def refuse(_: Envelope) -> Event:
         raise error
 
     return Envelope(

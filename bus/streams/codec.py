@@ -7,6 +7,7 @@ lets the reader find them without building a dict; entries written by others may
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from datetime import UTC, datetime
@@ -262,6 +263,9 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes], run: str = 
     run: which replay or redrive brought it.
     Errors: Undecodable when id, type or data is missing or a header is not UTF-8.
     """
+    if plain_entry(fields) is not None:
+        with suppress(UnicodeDecodeError):  # the long way says which field it is
+            return _plain_envelope(stream, entry_id, fields, run)
     located = locate(fields)
     for name in ("id", "type", "data"):
         if getattr(located, name) is None:
@@ -276,9 +280,6 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes], run: str = 
             raise Undecodable(
                 f"field {name.decode()} of entry {entry_id.decode()} is not UTF-8"
             ) from None
-
-    def decode_late(_: bytes) -> Event:
-        return decode(info_for(located.type or b"", located.version), located)
 
     return Envelope(
         event_id=text(b"id") or "",
@@ -296,8 +297,31 @@ def open_envelope(stream: str, entry_id: bytes, fields: list[bytes], run: str = 
         causation_depth=_depth(found.get(b"causationdepth", b"0")),
         run=run,
         data=located.data or b"",
-        _decode=decode_late,
+        content_type=located.content_type,
+        _decode=_decode_late,
     )
+
+
+def _plain_envelope(stream: str, entry_id: bytes, fields: list[bytes], run: str) -> Envelope:
+    """Make the envelope of an entry without headers, as most are, in a third of the time."""
+    return Envelope(
+        fields[1].decode(),
+        fields[3].decode(),
+        1,
+        stream,
+        entry_id.decode(),
+        entry_time(entry_id),
+        fields[7].decode() if len(fields) > 6 else None,  # noqa: PLR2004 - the partition key
+        run=run,
+        data=fields[5],
+        _decode=_decode_late,
+    )
+
+
+def _decode_late(envelope: Envelope) -> Event:
+    version = None if envelope.version == 1 else str(envelope.version).encode()
+    located = Located(b"", None, version, envelope.content_type, envelope.data)
+    return decode(info_for(envelope.type.encode(), version), located)
 
 
 def envelope_of(delivery: Delivery[Any]) -> Envelope:

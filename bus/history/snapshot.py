@@ -1,0 +1,260 @@
+"""What a bus looks like at one moment, as values: topics, streams, groups, consumers, lanes.
+
+All of it is plain data: `msgspec.to_builtins(snapshot)` is ready for JSON, `print(snapshot)` is for
+people. Ages and durations are seconds by the server's clock, as of `Snapshot.time`; an age is that
+of an entry's id, so counted from when it was appended.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from bus.history.backlog import duration
+from bus.topic import OnFull
+
+
+@dataclass(frozen=True, slots=True)
+class LaneSnapshot:
+    """Entries that wait for one moment.
+
+    due_in_s: until then, 0 when it has come. pending: entries.
+    """
+
+    due_in_s: float
+    pending: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerSnapshot:
+    """A worker, as a group knows it.
+
+    alive: whether its lease exists; of a consumer of another language, which keeps none, whether
+        the server heard of it within the last minute.
+    pending: entries it was given and has not finished.
+    idle_s: since the server last heard of it; Redis before 7.2 does not count reads in vain.
+    """
+
+    name: str
+    alive: bool
+    pending: int
+    idle_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSnapshot:
+    """What one group still has to do, and who does it.
+
+    undelivered: entries it has not been given; at_least: there are more than that.
+    pending: entries of the stream given to it and neither finished nor dead-lettered.
+    inbox: entries that wait for it alone, redriven, replayed or moved there; inbox_pending: those
+        of them that were given to a worker.
+    running, parked, orphaned: all that is pending, in stream and inbox together: with a worker that
+        lives, in a lane, or with a worker that is gone. due: of those parked, those whose time has
+        come.
+    dead: its dead letters.
+    oldest_undelivered_age_s: None when nothing is. oldest_pending_age_s: in the stream; None when
+        nothing is, or the entry of nothing that is exists any more.
+    oldest_dead_age_s, newest_dead_age_s: since they died; None when there is none.
+    served: whether a worker that lives says so, or a consumer of another language was heard of.
+    consumers: by name, lanes not among them. lanes: the next due first.
+    """
+
+    group: str
+    undelivered: int
+    at_least: bool
+    pending: int
+    inbox: int
+    inbox_pending: int
+    running: int
+    parked: int
+    due: int
+    orphaned: int
+    dead: int
+    oldest_undelivered_age_s: float | None
+    oldest_pending_age_s: float | None
+    oldest_dead_age_s: float | None
+    newest_dead_age_s: float | None
+    served: bool
+    consumers: tuple[ConsumerSnapshot, ...]
+    lanes: tuple[LaneSnapshot, ...]
+
+    @property
+    def total(self) -> int:
+        """Everything it has to do: undelivered, pending and inbox."""
+        return self.undelivered + self.pending + self.inbox
+
+    @property
+    def oldest_age_s(self) -> float | None:
+        """The age of the oldest entry that it was not given, or has not finished."""
+        return _largest((self.oldest_undelivered_age_s, self.oldest_pending_age_s))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSnapshot:
+    """One partition.
+
+    length, maxlen, keep, room: entries; room is what still fits below maxlen, 0 when full.
+    first_id, oldest_age_s: of its first entry; last_id, newest_age_s: of its last. None without.
+    appends_per_s: since one of the snapshots before, 5 to 10 s ago where they are that frequent,
+        else from when the newest 100 entries came.
+    pinned_by: the group that needs the oldest entry of those that any group needs: no trim goes
+        past that. pinned_age_s: of that entry. None when every group is done with everything.
+    full_in_s: an estimate of when publishers will feel it: the room divided by `appends_per_s`, as
+        if nothing were freed until then. 0 when it is full; None when nobody pins it or nothing
+        comes.
+    workers: those alive that keep a lease on it. dead: the dead letters of all its groups.
+    error: what could not be looked at, and why; the rest is shown all the same. None: nothing.
+    """
+
+    stream: str
+    partition: int
+    length: int
+    maxlen: int
+    keep: int
+    room: int
+    first_id: str | None
+    last_id: str | None
+    oldest_age_s: float | None
+    newest_age_s: float | None
+    appends_per_s: float
+    pinned_by: str | None
+    pinned_age_s: float | None
+    full_in_s: float | None
+    workers: int
+    dead: int
+    error: str | None
+    groups: tuple[GroupSnapshot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TopicSnapshot:
+    """One topic: what is recorded of it, or holds by default, and its streams.
+
+    maxlen, keep: entries per stream. retention_s: None for no limit. implicit: nobody declared it.
+    groups: by name, each summed over the streams. Numbers are sums, "at least" if one of them is;
+    ages are the largest, of the newest dead letter the smallest; served if served on every stream
+    that has the group; a consumer is alive if it is on one.
+    """
+
+    name: str
+    partitions: int
+    maxlen: int
+    keep: int
+    on_full: OnFull
+    retention_s: float | None
+    implicit: bool
+    streams: tuple[StreamSnapshot, ...]
+    groups: tuple[GroupSnapshot, ...]
+
+    @property
+    def length(self) -> int:
+        """The entries of all streams, handled or not."""
+        return sum(s.length for s in self.streams)
+
+    @property
+    def dead(self) -> int:
+        """The dead letters of all groups."""
+        return sum(s.dead for s in self.streams)
+
+    @property
+    def appends_per_s(self) -> float:
+        """How fast all streams grow together."""
+        return sum(s.appends_per_s for s in self.streams)
+
+    def group(self, name: str) -> GroupSnapshot:
+        """Return one group, summed over the streams. Errors: KeyError when there is none."""
+        return _named(name, ((g.group, g) for g in self.groups))
+
+    def stream(self, partition: int) -> StreamSnapshot:
+        """Return one partition. Errors: IndexError when there is none."""
+        return self.streams[partition]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """The server itself.
+
+    kind: "valkey" or "redis". memory_bytes: in use; memory_limit_bytes: None when it has none.
+    uptime_s: since its start.
+    """
+
+    kind: str
+    version: str
+    uptime_s: int
+    memory_bytes: int
+    memory_limit_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A bus at one moment; made by `Bus.inspect`.
+
+    time: by the server's clock. What is not of one stream was looked at some milliseconds earlier
+    or later, so that numbers agree with one another only as far as nothing moves.
+    server: None when the user may not ask (INFO). topics: by name.
+    """
+
+    time: datetime
+    server: ServerFacts | None
+    topics: tuple[TopicSnapshot, ...]
+
+    def topic(self, name: str) -> TopicSnapshot:
+        """Return one topic. Errors: KeyError when it was not looked at."""
+        return _named(name, ((t.name, t) for t in self.topics))
+
+    def __str__(self) -> str:
+        lines = [f"{self.time:%Y-%m-%d %H:%M:%S}Z{_server(self.server)}"]
+        for topic in self.topics:
+            lines += ["", _headline(topic), *_table(topic.groups)]
+            lines += [f"  {line}" for s in topic.streams for line in _remarks(s)]
+        return "\n".join(lines)
+
+
+def summed(parts: Sequence[GroupSnapshot]) -> GroupSnapshot:
+    """Return one group over several streams. See `TopicSnapshot`."""
+    if len(parts) == 1:
+        return parts[0]
+    consumers: dict[str, ConsumerSnapshot] = {}
+    lanes: dict[float, int] = {}
+    for part in parts:
+        for lane in part.lanes:
+            lanes[lane.due_in_s] = lanes.get(lane.due_in_s, 0) + lane.pending
+        for one in part.consumers:
+            consumers[one.name] = _joined(one, consumers.get(one.name, one))
+    newest = [p.newest_dead_age_s for p in parts if p.newest_dead_age_s is not None]
+    return GroupSnapshot(
+        parts[0].group,
+        sum(p.undelivered for p in parts),
+        any(p.at_least for p in parts),
+        sum(p.pending for p in parts),
+        sum(p.inbox for p in parts),
+        sum(p.inbox_pending for p in parts),
+        sum(p.running for p in parts),
+        sum(p.parked for p in parts),
+        sum(p.due for p in parts),
+        sum(p.orphaned for p in parts),
+        sum(p.dead for p in parts),
+        _largest(p.oldest_undelivered_age_s for p in parts),
+        _largest(p.oldest_pending_age_s for p in parts),
+        _largest(p.oldest_dead_age_s for p in parts),
+        min(newest, default=None),
+        all(p.served for p in parts),
+        tuple(consumers[name] for name in sorted(consumers)),
+        tuple(LaneSnapshot(*lane) for lane in sorted(lanes.items())),
+    )
+
+
+def _joined(one: ConsumerSnapshot, other: ConsumerSnapshot) -> ConsumerSnapshot:
+    """Return one consumer that several streams know."""
+    if one is other:
+        return one
+    return ConsumerSnapshot(
+        one.name,
+        one.alive or other.alive,
+        one.pending + other.pending,
+        min(one.idle_s, other.idle_s),
+    )
+
+
+def _largest(ages_s: Iterable[float | None]) -> float | None:
+    return max((age for age in ages_s if age is not None), default=None)
