@@ -65,8 +65,8 @@ class Destination:
         """Ask the server how far a run has come. None if it is not told."""
         return None
 
-    async def forget(self, run: str, streams: Sequence[str]) -> None:
-        """Have the server forget a run that is over."""
+    async def forget(self, run: str, streams: Sequence[str], after_s: int) -> None:
+        """Have the server forget a run that is over, in so many seconds."""
 
 
 class _OnServer(Destination):
@@ -82,9 +82,9 @@ class _OnServer(Destination):
         self._totals = {stream: total for stream, (_, total) in memory.items()}
         return memory
 
-    async def forget(self, run: str, streams: Sequence[str]) -> None:
-        """Forget it. DEL."""
-        await patiently(lambda: self._store.archive.forget_replay(streams, run))
+    async def forget(self, run: str, streams: Sequence[str], after_s: int) -> None:
+        """Forget it. EXPIRE each."""
+        await patiently(lambda: self._store.archive.forget_replay(streams, run, after_s))
 
 
 class IntoInbox(_OnServer):

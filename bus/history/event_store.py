@@ -4,7 +4,7 @@ Nothing is moved and no group notices. Memory stays flat: a page or two per part
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from operator import itemgetter
 
 from bus.config import FIRST_PAGE, READ_BYTES, READ_COUNT, checked_number
@@ -18,7 +18,7 @@ from bus.streams import keys
 from bus.streams.answers import RawEntry
 from bus.streams.codec import locate, open_envelope
 from bus.streams.stream import StreamStore
-from bus.streams.topics import TopicTable
+from bus.streams.topics import Record, TopicTable
 
 Found = tuple[str, RawEntry]  # stream and entry
 
@@ -38,7 +38,8 @@ async def history(
     bounds = as_id(since, default="-"), as_id(until, default="+")
     if limit is not None:
         checked_number(limit, "limit", 0, 2**63, whole=True)
-    streams = await streams_of(topics, topic, selection.key)
+    record = await patiently(lambda: topics.existing(topic))
+    streams = streams_of(record, topic, selection.key)
     left = -1 if limit is None else limit
     if not left:
         return
@@ -52,17 +53,16 @@ async def history(
                     return
 
 
-async def streams_of(topics: TopicTable, topic: str, key: str | None = None) -> list[str]:
-    """Return the streams of a topic; only that of `key`, if one is given. Errors: UnknownTopic."""
-    partitions = (await topics.existing(topic)).partitions
+def streams_of(record: Record, topic: str, key: str | None = None) -> list[str]:
+    """Return the streams of a topic; only that of `key`, if one is given."""
     if key is not None:
-        return [keys.stream(topic, keys.partition_of(key, partitions))]
-    return topics.streams(topic, partitions)
+        return [keys.stream(topic, keys.partition_of(key, record.partitions))]
+    return [keys.stream(topic, p) for p in range(record.partitions)]
 
 
 async def merged(
     store: StreamStore, bounds: dict[str, tuple[str, str]], *, reverse: bool = False
-) -> AsyncIterator[Found]:
+) -> AsyncGenerator[Found, None]:
     """Yield what the streams hold between their bounds, both included, in the order of ids."""
     pages = {s: _Pages(store, s, *span, reverse=reverse) for s, span in bounds.items()}
     try:

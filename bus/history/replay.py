@@ -19,6 +19,7 @@ from bus.config import (
     BATCH_BYTES,
     CHECKPOINT_S,
     PROGRESS_S,
+    REPLAY_OVER_S,
     SAMPLE,
     checked_number,
 )
@@ -33,6 +34,7 @@ from bus.history.selection import Selection
 from bus.history.throttle import Throttle
 from bus.streams.answers import RawEntry
 from bus.streams.codec import locate
+from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 from bus.telemetry import Telemetry
@@ -130,11 +132,26 @@ async def replay(
     destination: Destination,
 ) -> Replayed:
     """Replay what is wanted. See `Bus.replay`."""
+    try:
+        return await _replay(store, topics, telemetry, wanted, destination)
+    except ReplyError as error:
+        if error.code in TRANSIENT:
+            raise error.refusal(store.address) from None
+        raise
+
+
+async def _replay(
+    store: StreamStore,
+    topics: TopicTable,
+    telemetry: Telemetry,
+    wanted: Wanted,
+    destination: Destination,
+) -> Replayed:
     throttle = Throttle(wanted.rate)
     bounds = span(wanted.since, wanted.until)
-    record = await topics.existing(wanted.topic)
-    streams = await streams_of(topics, wanted.topic, wanted.selection.key)
-    await destination.check(streams, record)
+    record = await patiently(lambda: topics.existing(wanted.topic))
+    streams = streams_of(record, wanted.topic, wanted.selection.key)
+    await patiently(lambda: destination.check(streams, record))
     file = Checkpoint(None if wanted.dry_run else wanted.checkpoint)
     asked = wanted.said(destination.name)
     saved = file.load(asked)
@@ -237,8 +254,9 @@ class _Run:
             self._file.save(saved)
         await self._tell()
         if not wanted.dry_run:
-            # After the file says so: a run that is not known to be over must be remembered.
-            await self._destination.forget(saved.run, list(saved.places))
+            # Somebody else may be at it with the same checkpoint, and not be done yet.
+            after_s = 0 if wanted.checkpoint is None else REPLAY_OVER_S
+            await self._destination.forget(saved.run, list(saved.places), after_s)
             self._telemetry.emit(
                 "replay.finished",
                 run=saved.run,

@@ -54,6 +54,11 @@ class StreamStore:
         self.archive = Archive(server, telemetry)
 
     @property
+    def address(self) -> str:
+        """Where the server is, as a URL without a password."""
+        return self._server.redacted
+
+    @property
     def clustered(self) -> bool:
         """Whether keys have slots; known once the server was checked."""
         return self._server.clustered

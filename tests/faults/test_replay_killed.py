@@ -1,0 +1,246 @@
+"""Replays that are killed, cut off and refused: nothing is twice in an inbox, nothing missing."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis.asyncio import Redis
+
+from bus import Bus, Delivery, ServerRefused, Topic, Worker, event_handler
+from bus.history import destinations
+from tests.faults.replay_program import Verse
+from tests.proxy import Proxy
+from tests.servers import ask
+from tests.witness import Witness, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.conftest import PrivateServer
+
+ROOT = Path(__file__).resolve().parents[2]
+TOPIC = Topic("saga", partitions=2, keep=200_000)
+STREAMS = ["bus:{saga:0}", "bus:{saga:1}"]
+GROUPS = ("index", "audit", "stats")
+
+
+def handler(group: str, handled: Counter[int] | None = None) -> Any:
+    @event_handler(Verse, group=group, concurrency=256)
+    async def handle(event: Verse, delivery: Delivery[Verse]) -> None:
+        if handled is not None:
+            assert delivery.replayed
+            handled[event.n] += 1
+
+    return handle
+
+
+@pytest.fixture
+async def redis(url: str) -> AsyncIterator[Redis]:
+    async with Redis.from_url(url) as client:
+        yield client
+
+
+async def filled(url: str, count: int) -> None:
+    """Publish, with every group past all of it: only a replay brings it back."""
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        async with Worker(bus, [handler(g) for g in GROUPS]):
+            pass
+        for first in range(0, count, 1_000):
+            verses = [Verse(skald=f"s{n % 97}", n=n) for n in range(first, first + 1_000)]
+            await bus.publish_many(verses)
+        for stream in STREAMS:
+            for group in GROUPS:
+                await bus.store.commands.call("XGROUP", "SETID", stream, group, "$")
+
+
+async def in_inboxes(redis: Any, group: str) -> Counter[bytes]:
+    """Original ids, with their streams, of everything in a group's inboxes."""
+    found: Counter[bytes] = Counter()
+    for stream in STREAMS:
+        after = "-"
+        while rows := await redis.xrange(f"{stream}:inbox:{group}", after, "+", 5_000):
+            found.update(stream.encode() + b" " + fields[b"origentry"] for _, fields in rows)
+            after = "(" + rows[-1][0].decode()
+    return found
+
+
+async def in_streams(redis: Any) -> set[bytes]:
+    found: set[bytes] = set()
+    for stream in STREAMS:
+        after = "-"
+        while rows := await redis.xrange(stream, after, "+", 5_000):
+            found.update(stream.encode() + b" " + entry_id for entry_id, _ in rows)
+            after = "(" + rows[-1][0].decode()
+    return found
+
+
+class Script:
+    """A replaying process."""
+
+    def __init__(self, url: str, checkpoint: Path, to: str = "index", rate: str = "") -> None:
+        words = [sys.executable, "-m", "tests.faults.replay_program", url, "saga", to]
+        self._process = subprocess.Popen(
+            [*words, str(checkpoint), *([rate] if rate else [])], cwd=ROOT, stdout=subprocess.PIPE
+        )
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.communicate()
+        assert self._process.returncode == -signal.SIGKILL, "it ended before it was killed"
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    async def output(self) -> str:
+        out, _ = await asyncio.to_thread(self._process.communicate)
+        assert self._process.returncode == 0
+        return out.decode()
+
+
+async def test_a_hundred_thousand_killed_twice(url: str, redis: Any, tmp_path: Path) -> None:
+    """SIGKILL twice in the middle: the inbox gets each exactly once, other groups nothing."""
+    count, path = 100_000, tmp_path / "checkpoint"
+    await filled(url, count)
+
+    async def length() -> int:
+        return sum([await redis.xlen(f"{s}:inbox:index") for s in STREAMS])
+
+    for enough in (20_000, 50_000):
+        script = Script(url, path, rate="60000")
+        await eventually(lambda n=enough: _reaches(length, n), f"{enough} in the inbox")
+        script.kill()
+        assert enough <= await length() < count
+    assert await Script(url, path).output() == f"{count}\n"
+    inbox = await in_inboxes(redis, "index")
+    assert set(inbox.values()) == {1}
+    assert set(inbox) == await in_streams(redis)
+    assert len(inbox) == count
+    for group in ("audit", "stats"):
+        assert await in_inboxes(redis, group) == Counter()
+        for stream in STREAMS:
+            (row,) = [r for r in await redis.xinfo_groups(stream) if r["name"] == group.encode()]
+            assert row["pending"] == 0
+            assert (
+                row["last-delivered-id"] == (await redis.xinfo_stream(stream))["last-generated-id"]
+            )
+    handled: Counter[int] = Counter()
+    both = [handler("index", handled), handler("audit", handled)]
+    async with Bus.connect(url) as bus, Worker(bus, both) as worker:
+        await worker.drained(60)
+    assert handled == Counter(range(count))
+    assert await length() == 0
+
+
+async def _reaches(length: Any, enough: int) -> bool:
+    return await length() >= enough
+
+
+async def test_publishing_again_killed_twice(url: str, redis: Any, tmp_path: Path) -> None:
+    count, path = 4_000, tmp_path / "checkpoint"
+    await filled(url, count)
+
+    async def length() -> int:
+        return sum([await redis.xlen(s) for s in STREAMS])
+
+    for enough in (count + 500, count + 2_000):
+        script = Script(url, path, to="--publish", rate="3000")
+        await eventually(lambda n=enough: _reaches(length, n), f"{enough} in the streams")
+        script.kill()
+    assert await Script(url, path, to="--publish").output() == f"{count}\n"
+    async with Bus.connect(url) as bus:
+        past = Counter([e.event.n async for e in bus.history("saga")])
+    assert past == Counter(list(range(count)) * 2)
+
+
+@pytest.mark.parametrize("to", ["index", "--publish"])
+async def test_answers_are_lost_and_nothing_is_twice(
+    url: str, redis: Any, server: Any, to: str
+) -> None:
+    """Connections break again and again while the server does what it was told."""
+    count = 3_000
+    await filled(url, count)
+    async with Proxy(server.port) as proxy, Bus.connect(proxy.url) as bus:
+        witness = Witness(bus)
+        losing = True
+
+        async def lose() -> None:
+            while losing:
+                await proxy.lose_one()
+                before = await _there(redis)
+                await eventually(lambda n=before: _more(redis, n), "it goes on")
+
+        loser = asyncio.create_task(lose())
+        done = await bus.replay("saga", to=bus if to == "--publish" else to, rate=4_000)
+        losing = False
+        loser.cancel()
+        assert proxy.lost > 3
+        assert done.replayed == count
+        assert witness.of("connection.lost")
+    if to == "index":
+        inbox = await in_inboxes(redis, "index")
+        assert set(inbox.values()) == {1}
+        assert len(inbox) == count
+    else:
+        async with Bus.connect(url) as bus:
+            past = Counter([e.event.n async for e in bus.history("saga")])
+        assert past == Counter(list(range(count)) * 2)
+
+
+async def test_a_server_without_memory_is_waited_for_and_then_told(
+    private_server: PrivateServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay never fills the server: what is refused waits, and the checkpoint stands."""
+    monkeypatch.setattr(destinations, "REPLAY_PATIENCE_S", 0.5)
+    server, path = private_server(), tmp_path / "checkpoint"
+    await filled(server.url, 2_000)
+    async with Bus.connect(server.url) as bus, Redis.from_url(server.url) as redis:
+        witness = Witness(bus)
+        ask(server, "CONFIG", "SET", "maxmemory", "1")
+        with pytest.raises(ServerRefused, match=r"OOM.*raise maxmemory"):
+            await bus.replay("saga", to="index", checkpoint=path)
+        assert witness.of("replay.retried")
+        replaying = asyncio.create_task(bus.replay("saga", to="index", checkpoint=path))
+        seen = len(witness.of("replay.retried"))
+        await eventually(lambda: len(witness.of("replay.retried")) > seen)
+        ask(server, "CONFIG", "SET", "maxmemory", "0")
+        done = await replaying
+        assert done.replayed == 2_000
+        assert set((await in_inboxes(redis, "index")).values()) == {1}
+
+
+async def test_a_server_that_restarts_is_waited_for(
+    private_server: PrivateServer, tmp_path: Path
+) -> None:
+    server = private_server(aof=True)
+    await filled(server.url, 3_000)
+    async with Bus.connect(server.url) as bus, Redis.from_url(server.url) as redis:
+        witness = Witness(bus)
+        replaying = asyncio.create_task(bus.replay("saga", to="index", rate=2_000))
+        await eventually(lambda: _some(redis))
+        await asyncio.to_thread(server.kill)
+        await eventually(lambda: witness.of("replay.retried") or witness.of("connection.lost"))
+        await asyncio.to_thread(server.restart)
+        assert (await replaying).replayed == 3_000
+    async with Redis.from_url(server.url) as redis:
+        inbox = await in_inboxes(redis, "index")
+        assert (len(inbox), set(inbox.values())) == (3_000, {1})
+
+
+async def _there(redis: Any) -> int:
+    return sum([await redis.xlen(f"{s}{more}") for s in STREAMS for more in ("", ":inbox:index")])
+
+
+async def _more(redis: Any, than: int) -> bool:
+    return await _there(redis) > than
+
+
+async def _some(redis: Any) -> bool:
+    return await redis.xlen(f"{STREAMS[0]}:inbox:index") > 0
