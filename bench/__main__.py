@@ -17,13 +17,13 @@ from typing import Any
 import redis
 import uvloop
 
-from bench.work import LANES, QUOTAS, STANDINGS, STREAM, TOPIC, make_events
+from bench.work import LANES, STANDINGS, STREAM, TOPIC, make_events
 from bus import Bus, Topic
 from bus.embedded import EmbeddedServer
 
 _PAIRS = (("consume", "bare-redis-py", 0.5), ("publish", "bare-hiredis", 0.3))
-# Beside the no-op handler of the same bus, in the same run.
-_EFFECTS = (("quota", 0.4), ("quota-event", 0.2))
+# Beside the no-op handler of the same bus, in the same run: with effects, and looking back.
+_BESIDE = (("quota", 0.4), ("quota-event", 0.2), ("history", 0.4))
 _STANDING = "publish-standing"
 _COST_AT_MOST = 1.5  # of a publish at `keep` and above, where appends trim, to one far below it
 
@@ -54,10 +54,11 @@ def run(rounds: int, count: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
     for number in range(rounds):
         with EmbeddedServer() as server:
             uvloop.run(preload(server.url, count))
-            systems = ["bus", *QUOTAS]
-            for system in systems[number % 3 :] + systems[: number % 3]:
-                figures = measure(server.url, system, "effects", f"effects-{system}", count)
-                results["effects"][system].append(figures)
+            systems = ["bus", *(system for system, _ in _BESIDE)]
+            first = number % len(systems)
+            for system in systems[first:] + systems[:first]:
+                figures = measure(server.url, system, "beside", f"beside-{system}", count)
+                results["beside"][system].append(figures)
             for test, other, _ in _PAIRS:  # publishing last: it adds to the stream
                 order = ("bus", other) if number % 2 else (other, "bus")
                 for system in order:
@@ -86,9 +87,9 @@ def report(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, Any
         beside = f"{other} {_rates(theirs)}"
         print(f"{test:10} {_rates(ours):>24} {beside:>30} {ratio:6.2f}  {least}")
         found["tests"][test] = {"bus": ours, other: theirs, "ratio": ratio, "at_least": least}
-    noop = [f["rate"] for f in results["effects"]["bus"]]
-    for system, least in _EFFECTS:
-        ours = [f["rate"] for f in results["effects"][system]]
+    noop = [f["rate"] for f in results["beside"]["bus"]]
+    for system, least in _BESIDE:
+        ours = [f["rate"] for f in results["beside"][system]]
         ratio = statistics.median(ours) / statistics.median(noop)
         print(f"{system:11}{_rates(ours):>24} {f'no-op {_rates(noop)}':>30} {ratio:6.2f}  {least}")
         found["tests"][system] = {"bus": ours, "no-op": noop, "ratio": ratio, "at_least": least}

@@ -110,6 +110,24 @@ async def consume_with_effects(system: str, url: str, group: str, count: int) ->
     return {"rate": count / seconds, "cpu_us": cpu / count * 1e6}
 
 
+async def look_back(url: str, count: int) -> dict[str, Any]:
+    """Go through the history, events decoded, by type, and backwards; check each event's place."""
+    events = make_events(count)
+    rates = {}
+    async with Bus.connect(url) as bus:
+        for reverse in (False, True):
+            seen = 0
+            expected = reversed(events) if reverse else iter(events)
+            past = bus.history(TOPIC, types=[DocumentCreated], reverse=reverse)
+            started = time.perf_counter()
+            async for envelope in past:
+                seen += envelope.event == next(expected)
+            rates[reverse] = seen / (time.perf_counter() - started)
+            if seen != count:
+                raise SystemExit(f"history: {seen} of {count} events are what was published")
+    return {"rate": rates[False], "backwards": rates[True], "rss_mb": peak_rss_mb()}
+
+
 async def publish(system: str, url: str, count: int) -> dict[str, Any]:
     """Publish `count` events from 100 concurrent callers that await each; check the stream."""
     events = make_events(count)
@@ -200,16 +218,18 @@ async def publish_standing(standing: str, url: str, count: int) -> dict[str, Any
 def main() -> None:
     """Run one test and print its figures."""
     p = argparse.ArgumentParser()
-    systems = ("bus", "bare-redis-py", "bare-hiredis", *STANDINGS, *QUOTAS)
+    systems = ("bus", "bare-redis-py", "bare-hiredis", "history", *STANDINGS, *QUOTAS)
     p.add_argument("system", choices=systems)
-    p.add_argument("test", choices=("consume", "effects", "publish", "publish-standing"))
+    p.add_argument("test", choices=("consume", "beside", "publish", "publish-standing"))
     p.add_argument("--url", required=True)
     p.add_argument("--group", default="g")
     p.add_argument("--count", type=int, required=True)
     a = p.parse_args()
     if a.test == "consume":
         figures = uvloop.run(consume(a.system, a.url, a.group, a.count))
-    elif a.test == "effects":
+    elif a.system == "history":
+        figures = uvloop.run(look_back(a.url, a.count))
+    elif a.test == "beside":
         run = consume if a.system == "bus" else consume_with_effects
         figures = uvloop.run(run(a.system, a.url, a.group, a.count))
     elif a.test == "publish-standing":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +25,7 @@ from bus import (
     UnknownTopic,
     WrongKeyType,
 )
+from tests.proxy import Proxy
 from tests.servers import ask
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
     from bus import Envelope
 
+ROOT = Path(__file__).parents[2]
 TOPIC = Topic("past", partitions=4)
 
 
@@ -267,3 +273,191 @@ async def test_a_server_that_goes_away_is_an_error_of_the_bus(private_server):
         await asyncio.to_thread(server.kill)
         with pytest.raises(BusError):
             await told(past)
+
+
+# --- what is asked for
+
+
+async def sown(bus: Bus, count: int = 60) -> None:
+    for first in range(0, count, 10):
+        await bus.publish_many(
+            [(Sown if n % 3 else Reaped)(field=f"f{n % 7}", n=n) for n in range(first, first + 10)]
+        )
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [
+        ({}, lambda e: True),
+        ({"key": "f3"}, lambda e: e.event.field == "f3"),
+        ({"key": "f3", "types": Reaped}, lambda e: e.event.field == "f3" and e.event.n % 3 == 0),
+        ({"where": lambda e: e.event.n > 40}, lambda e: e.event.n > 40),
+        ({"types": "*.reaped", "where": lambda e: e.event.n < 9}, lambda e: e.event.n in {0, 3, 6}),
+        ({"key": "nobody"}, lambda e: False),
+    ],
+    ids=["all", "key", "key-and-type", "where", "type-and-where", "nothing"],
+)
+async def test_key_and_predicate_choose_and_both_directions_agree(bus, asked, wanted, reverse):
+    await sown(bus)
+    everything = await told(bus.history("past"))
+    expected = [(e.stream, e.entry_id) for e in everything if wanted(e)]
+    found = await told(bus.history("past", **asked, reverse=reverse))
+    assert [order(e.entry_id) for e in found] == sorted(
+        [order(e.entry_id) for e in found], reverse=reverse
+    )
+    assert sorted((e.stream, e.entry_id) for e in found) == sorted(expected)
+
+
+async def test_backwards_joins_pages_without_a_seam(bus):
+    for first in range(0, 2_600, 100):
+        await bus.publish_many(Sown(field=f"f{n}", n=n) for n in range(first, first + 100))
+    back = await told(bus.history("past", reverse=True))
+    forth = await told(bus.history("past"))
+    assert [order(e.entry_id) for e in back] == [order(e.entry_id) for e in forth][::-1]
+    assert sorted(e.event.n for e in back) == list(range(2_600))
+    middle = forth[1_000].entry_id
+    until_middle = await told(bus.history("past", until=middle, reverse=True))
+    assert order(until_middle[0].entry_id) == order(middle)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 60, 61])
+async def test_a_limit_ends_it(bus, limit):
+    await sown(bus)
+    everything = await told(bus.history("past"))
+    found = await told(bus.history("past", limit=limit))
+    assert len(found) == min(limit, 60)
+    assert [order(e.entry_id) for e in found] == [order(e.entry_id) for e in everything[:limit]]
+    newest = await told(bus.history("past", limit=limit, reverse=True, types=Reaped))
+    assert len(newest) == min(limit, 20)
+
+
+async def test_a_key_reads_its_partition_alone(bus, server):
+    await sown(bus)
+    ((stream, *_),) = {(e.stream,) for e in await told(bus.history("past", key="f3"))}
+    for partition in range(4):
+        if f"bus:{{past:{partition}}}" != stream:
+            ask(server, "DEL", f"bus:{{past:{partition}}}")
+            ask(server, "SET", f"bus:{{past:{partition}}}", "of another type")
+    assert len(await told(bus.history("past", key="f3"))) == 9
+
+
+async def test_what_a_predicate_cannot_decode_is_left_out_and_what_it_raises_is_told(bus, server):
+    await bus.publish(Sown(field="f", n=1))
+    ask(server, "XADD", "bus:{past:0}", "*", "id", "i", "type", "past.sown", "data", "no JSON")
+    assert len(await told(bus.history("past", where=lambda e: e.event.n >= 0))) == 1
+    with pytest.raises(ZeroDivisionError):
+        await told(bus.history("past", where=lambda e: 1 / 0))
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"limit": -1}, "limit must be a whole number"),
+        ({"limit": "5"}, "limit must be a whole number"),
+        ({"key": 7}, "key is the partition key as text"),
+        ({"where": True}, "where is a function of an envelope"),
+        ({"types": [7]}, "has no type"),
+    ],
+    ids=str,
+)
+async def test_bad_choices_are_refused(bus, bad, says):
+    with pytest.raises(DeclarationError, match=says):
+        await told(bus.history("past", **bad))
+
+
+async def test_ids_beyond_all_times_are_shown(bus, server):
+    """An id may be any number; a datetime ends with the year 9999."""
+    last = f"{2**64 - 1}-{2**64 - 2}"
+    ask(
+        server,
+        "XADD",
+        "bus:{past:1}",
+        last,
+        "id",
+        "i",
+        "type",
+        "past.sown",
+        "data",
+        '{"field":"f"}',
+    )
+    (envelope,) = await told(bus.history("past"))
+    assert (envelope.entry_id, envelope.time.year) == (last, 9999)
+    assert envelope.event == Sown(field="f")
+
+
+async def test_large_entries_come_in_small_pages(bus, monkeypatch):
+    """The first page is of 32 entries; from then on one is about a MiB, whatever they are."""
+    ask_for = bus.store.archive.range
+    pages: list[int] = []
+
+    async def watched(*args, **kwargs):
+        page = await ask_for(*args, **kwargs)
+        pages.append(sum(len(word) for _, fields in page for word in fields))
+        return page
+
+    monkeypatch.setattr(bus.store.archive, "range", watched)
+    for n in range(120):
+        await bus.publish(Sown(field="f" * 50_000, n=n))
+    past = bus.history("past")
+    assert [e.event.n async for e in past] == list(range(120))
+    assert sorted(pages)[-2] < 1_300_000
+
+
+async def test_a_connection_that_drops_is_no_harm(bus, server):
+    await bus.publish_many(Sown(field=f"f{n}", n=n) for n in range(3_000))
+    async with Proxy(server.port) as proxy, Bus.connect(proxy.url) as other:
+        seen = []
+        async for envelope in other.history("past"):
+            seen.append(envelope.event.n)
+            if len(seen) % 700 == 0:
+                proxy.lose_replies = 1
+        assert proxy.lost >= 3
+        assert sorted(seen) == list(range(3_000))
+
+
+def test_a_million_entries_take_a_flat_memory(valkey_url, tmp_path):
+    """1e6 entries, decoded, in a process of its own: its peak stays below 80 MB."""
+    program = tmp_path / "reads.py"
+    program.write_text(READS)
+    for what in ("fill", "read"):
+        done = subprocess.run(
+            [sys.executable, program, valkey_url, what],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+    count, total, peak_mb = map(float, done.stdout.split())
+    assert (count, total) == (1_000_000, 1_000_000 * 999_999 / 2)
+    assert peak_mb < 80
+
+
+READS = """
+import asyncio, resource, sys
+from bus import Bus, Event, Topic
+
+class Grown(Event, type="plain.grown", key="field"):
+    field: str
+    n: int
+    text: str = "x" * 120
+
+async def main(url, what):
+    topics = [Topic("plain", partitions=2, maxlen=3_000_000, keep=2_000_000)]
+    async with Bus.connect(url, topics=topics) as bus:
+        if what == "fill":
+            for first in range(0, 1_000_000, 5_000):
+                await bus.publish_many(
+                    [Grown(field=str(n % 9), n=n) for n in range(first, first + 5_000)]
+                )
+            return
+        count = total = 0
+        async for envelope in bus.history("plain"):
+            count += 1
+            total += envelope.event.n
+        print(count, total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+asyncio.run(main(*sys.argv[1:]))
+"""

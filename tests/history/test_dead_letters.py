@@ -1,0 +1,1164 @@
+"""Dead letters from outside: found, shown, mended, redriven, purged, exported, whoever wrote them.
+
+What their handlers make of them is in tests/guarantees/test_redrive.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import math
+import re
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from redis.asyncio import Redis
+
+from bus import (
+    Bus,
+    DeclarationError,
+    Event,
+    EventTooLarge,
+    InvalidEvent,
+    Letter,
+    LetterGone,
+    PermissionDenied,
+    Redriven,
+    ServerRefused,
+    Topic,
+    Undecodable,
+    UnknownEventType,
+    UnknownGroup,
+    UnknownTopic,
+    WrongKeyType,
+    upcast,
+)
+from bus.history import redrive
+from bus.streams import keys
+from bus.streams.answers import Returned
+from bus.streams.replies import ReplyError
+from bus.streams.script import Script
+from tests.faults.proxy import Proxy, digest
+from tests.servers import ask
+from tests.witness import Witness, eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+TOPIC = Topic("mail", partitions=2)
+TIGHT = Topic("mail", partitions=2, maxlen=40, keep=20)  # ten entries of an inbox are for redrives
+STREAM, OTHER = "bus:{mail:0}", "bus:{mail:1}"
+DEAD, INBOX = f"{STREAM}:dead:index", f"{STREAM}:inbox:index"
+REASONS = ("failed", "rejected", "undecodable", "newer-version", "crashed", "effects-failed")
+
+
+class Posted(Event, type="mail.posted", key="box"):
+    box: str
+    n: int = 0
+    weight: float = 1.0
+
+
+class Stamped(Event, type="mail.stamped", encoding="msgpack"):
+    n: int
+    seal: bytes = b""
+
+
+class Sorted(Event, type="mail.sorted", version=3, rename="camel"):
+    shelf_name: str
+    pieces: int
+    since: datetime | None = None
+
+
+@upcast(Sorted, from_version=1)
+def name_becomes_shelf(data: dict[str, Any]) -> dict[str, Any]:
+    data["shelf"] = data.pop("name")
+    return data
+
+
+@upcast(Sorted, from_version=2)
+def shelf_becomes_shelf_name(data: dict[str, Any]) -> dict[str, Any]:
+    data["shelfName"] = data.pop("shelf")
+    return data
+
+
+class Weighed(Event, type="mail.weighed"):
+    grams: int
+
+    def __post_init__(self) -> None:
+        if self.grams < 0:
+            raise ValueError("less than nothing")
+
+
+@pytest.fixture
+async def bus(url: str) -> AsyncIterator[Bus]:
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        await bus.topics.record("mail")
+        yield bus
+
+
+@pytest.fixture
+async def valkey(valkey_url: str) -> AsyncIterator[Bus]:
+    """A bus on the default server alone, for what the server has no part in."""
+    async with Bus.connect(valkey_url, topics=[TOPIC]) as bus:
+        await bus.topics.record("mail")
+        yield bus
+
+
+def box_of(partition: int) -> str:
+    """A key that belongs to a partition of the topic."""
+    return next(f"b{n}" for n in range(99) if keys.partition_of(f"b{n}", 2) == partition)
+
+
+def own(n: int, **fields: Any) -> dict[Any, Any]:
+    """The fields of an event."""
+    data = json.dumps({"box": box_of(0), "n": n})
+    return {"id": f"e{n}", "type": "mail.posted", "data": data, "partitionkey": box_of(0), **fields}
+
+
+def why(reason: str = "failed", error: str = "ValueError: no", **fields: Any) -> dict[Any, Any]:
+    """What is appended to them, as the settler and the scripts do."""
+    return {
+        "deadreason": reason,
+        "deaderror": error,
+        "deadtraceback": "line 1\nline 2",
+        "deadattempts": "5",
+        "deadentry": "1700000000000-7",
+        **fields,
+        "deadtime": "1763629200000",
+    }
+
+
+async def put(
+    bus: Bus,
+    fields: dict[Any, Any],
+    entry_id: str = "*",
+    stream: str = STREAM,
+    group: str = "index",
+) -> str:
+    """Put a letter there by hand; return its id."""
+    key = f"{stream}:dead:{group}"
+    made = (await bus.redis.xadd(key, fields, id=entry_id)).decode()
+    return f"{keys.tag_of(stream)}/{made}"
+
+
+async def bury(bus: Bus, *ns: int, stream: str = STREAM, **fields: Any) -> list[str]:
+    """Letters of good events that failed."""
+    return [await put(bus, own(n) | why(**fields), stream=stream) for n in ns]
+
+
+async def dead(bus: Bus, key: str = DEAD) -> list[dict[bytes, bytes]]:
+    return [fields for _, fields in await bus.redis.xrange(key)]
+
+
+async def ns_of(bus: Bus, key: str) -> list[int]:
+    """The n of each entry, in order."""
+    return [json.loads(fields[b"data"])["n"] for _, fields in await bus.redis.xrange(key)]
+
+
+async def found(letters: Any) -> list[Letter]:
+    return [letter async for letter in letters]
+
+
+def shown(value: Any) -> str:
+    """What a case is called, in every process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:60]
+
+
+# --- finding
+
+
+async def test_they_come_oldest_first_over_partitions_and_topics(bus: Bus) -> None:
+    await bus.topics.record("parcel")
+    await put(bus, own(1) | why(), "9-0", OTHER)
+    await put(bus, own(2) | why(), "10-1", STREAM)
+    await put(bus, own(3) | why(), "10-2", "bus:{parcel:0}")
+    await put(bus, own(4) | why(), "10-10", STREAM)
+    await put(bus, own(5) | why(), "11-0", OTHER, group="another")
+    ids = ["mail:1/9-0", "mail:0/10-1", "parcel:0/10-2", "mail:0/10-10"]
+    assert [x.id for x in await found(bus.dead_letters("index"))] == ids
+    assert [x.id for x in await found(bus.dead_letters("index", reverse=True))] == ids[::-1]
+    assert [x.id for x in await found(bus.dead_letters("index", "parcel"))] == [ids[2]]
+    letters = bus.dead_letters("index", "mail")
+    assert [x.id for x in await found(letters)] == [ids[0], ids[1], ids[3]]
+    assert await letters.count() == 3
+    await bus.redis.xdel(DEAD, "10-1")
+    assert [x.id for x in await found(letters)] == [ids[0], ids[3]], "it is read anew each time"
+    assert await letters.count() == 2
+
+
+async def test_a_letter_says_what_it_was_and_why_it_died(bus: Bus) -> None:
+    fields = own(1, source="/farm", correlationid="c", causationdepth="3")
+    letter_id = await put(bus, fields | why("failed", "TimeoutError: too late: 3 s"))
+    letter = await bus.dead_letters("index").get(letter_id)
+    died_ms = int(letter_id.partition("/")[2].partition("-")[0])
+    assert letter.id == letter_id
+    assert (letter.group, letter.stream, letter.reason) == ("index", STREAM, "failed")
+    assert (letter.error, letter.error_type) == ("TimeoutError: too late: 3 s", "TimeoutError")
+    assert (letter.traceback, letter.attempts, letter.applied) == ("line 1\nline 2", 5, ())
+    assert letter.died_at.timestamp() * 1000 == pytest.approx(died_ms)
+    assert letter.published_at == datetime.fromtimestamp(1_700_000_000, UTC)
+    assert letter.original_entry_id == "1700000000000-7"
+    assert letter.event == Posted(box=box_of(0), n=1)
+    envelope = letter.envelope
+    assert (envelope.stream, envelope.entry_id) == (STREAM, "1700000000000-7")
+    assert (envelope.event_id, envelope.type, envelope.key) == ("e1", "mail.posted", box_of(0))
+    assert (envelope.source, envelope.correlation_id, envelope.causation_depth) == ("/farm", "c", 3)
+    assert "line 1" not in repr(letter)
+
+
+async def test_effects_that_failed_name_what_was_applied(valkey: Bus) -> None:
+    await put(
+        valkey, own(1) | why("effects-failed", "EffectsFailed: x", deadapplied="INCRBY a\nSET b")
+    )
+    (letter,) = await found(valkey.dead_letters("index"))
+    assert letter.applied == ("INCRBY a", "SET b")
+    assert letter.event == Posted(box=box_of(0), n=1)
+    assert b"deadapplied" not in letter.fields
+
+
+@pytest.fixture
+async def varied(valkey: Bus) -> Bus:
+    """Letters 1 to 6, one of each reason, a minute apart, of two types and different errors."""
+    errors = (
+        "TimeoutError: no answer",
+        "Reject: ConnectionRefused",
+        "Undecodable: mail.posted: bad",
+        "UnknownEventType: what",
+        "Crashed: [Errno 111] connection refused",
+        "EffectsFailed: x",
+    )
+    for n, (reason, error) in enumerate(zip(REASONS, errors, strict=True), 1):
+        fields = own(n, type="mail.posted" if n % 2 else "mail.sorted")
+        await put(valkey, fields | why(reason, error), f"{n * 60_000}-0")
+    return valkey
+
+
+@pytest.mark.parametrize(
+    ("filters", "ns"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6]),
+        ({"types": Posted}, [1, 3, 5]),
+        ({"types": ["mail.sorted"]}, [2, 4, 6]),
+        ({"types": "*.posted"}, [1, 3, 5]),
+        ({"types": []}, []),
+        ({"error": "TimeoutError"}, [1]),
+        ({"error": "Timeout*"}, [1]),
+        ({"error": "timeout*"}, []),
+        ({"error": "*connection refused*"}, [5]),
+        ({"error": "* connection refused"}, [5]),
+        ({"error": "[TR]*"}, [1, 2]),
+        ({"error": "no answer"}, []),
+        ({"reason": "failed"}, [1]),
+        ({"reason": ["rejected", "effects-failed"]}, [2, 6]),
+        ({"reason": []}, []),
+        ({"since": 120_000}, [2, 3, 4, 5, 6]),
+        ({"until": "120000-0"}, [1, 2]),
+        ({"since": "1970-01-01T00:03:00", "until": timedelta}, [3, 4]),
+        ({"since": "@-1h"}, []),
+        ({"ids": ["mail:0/60000-0", "300000-0", "mail:1/120000-0", "7-7"]}, [1, 5]),
+        ({"ids": "mail:0/60000-0"}, [1]),
+        ({"ids": []}, []),
+        ({"ids": ["60000-0", "120000-0", "60000-0"], "reverse": True}, [2, 1]),
+        ({"ids": ["60000-0", "120000-0"], "reason": "failed"}, [1]),
+        ({"where": lambda letter: letter.envelope.event_id in ("e2", "e5")}, [2, 5]),
+        ({"where": lambda letter: letter.event.n > 1}, [3, 5]),
+        ({"types": Posted, "reason": ["failed", "rejected"], "error": "T*"}, [1]),
+    ],
+    ids=shown,
+)
+async def test_filters_find_what_they_name(
+    varied: Bus, filters: dict[str, Any], ns: list[int]
+) -> None:
+    if filters.get("until") is timedelta:
+        filters = filters | {"until": datetime.fromtimestamp(240, UTC)}
+    letters = varied.dead_letters("index", **filters)
+    assert [int(x.envelope.event_id[1:]) for x in await found(letters)] == ns
+    assert await letters.count() == len(ns)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"group": "a b"}, "group name 'a b' is not valid"),
+        ({"topic": "a:b"}, "topic name 'a:b' is not valid"),
+        ({"types": "a b"}, "type pattern 'a b' is not valid"),
+        ({"error": ValueError}, "error is a pattern such as"),
+        ({"reason": "faild"}, "'faild' is no reason: there are failed, rejected, undecodable, new"),
+        ({"reason": ["failed", 3]}, "3 is no reason"),
+        ({"since": "yesterday"}, "'yesterday' is no position"),
+        ({"until": -1}, "-1 is no position"),
+        ({"since": 2, "until": 1}, "ends before it begins"),
+        (
+            {"ids": "12"},
+            "'12' is no id of a dead letter: they look like document:0/1763629200000-0",
+        ),
+        ({"ids": ["mail/1-0"]}, "is no id"),
+        ({"ids": ["mail:0/1-0", 7]}, "7 is no id"),
+        ({"ids": "mail:x/1-0"}, "is no id"),
+        ({"ids": "mail:0/18446744073709551616-0"}, "is no id"),
+        ({"ids": "a b:0/1-0"}, "topic name 'a b' is not valid"),
+        ({"ids": "parcel:0/1-0", "topic": "mail"}, "is of the topic parcel, not of mail"),
+        ({"ids": "1-0", "since": 1}, "leave since and until out"),
+        ({"where": "n > 1"}, "where is a function of a letter"),
+    ],
+    ids=str,
+)
+async def test_bad_arguments_are_told_at_once(valkey: Bus, arguments: Any, message: str) -> None:
+    with pytest.raises(DeclarationError, match=re.escape(message)):
+        valkey.dead_letters(**{"group": "index"} | arguments)
+    with pytest.raises(TypeError):
+        valkey.dead_letters("index", kind="x")  # type: ignore[call-arg]
+
+
+async def test_unknown_groups_and_topics_are_errors_and_no_letters_are_none(bus: Bus) -> None:
+    with pytest.raises(UnknownGroup, match="no topic has the group index: groups there are: none"):
+        await found(bus.dead_letters("index"))
+    await bus.redis.xgroup_create(OTHER, "indexes", "0", mkstream=True)
+    for read in ("count", "redrive", "purge"):
+        with pytest.raises(
+            UnknownGroup, match=r"did you mean indexes\? groups .*: indexes\. A wor"
+        ):
+            await getattr(bus.dead_letters("index"), read)()
+    with pytest.raises(UnknownGroup, match="topic mail does not have the group index"):
+        await bus.dead_letters("index", "mail").get("1-0")
+    with pytest.raises(UnknownGroup):
+        await found(bus.dead_letters("index", ids="1-0"))
+    with pytest.raises(UnknownTopic, match=r"no topic mial: did you mean mail\?"):
+        await found(bus.dead_letters("indexes", "mial"))
+    assert await found(bus.dead_letters("indexes")) == []
+    assert await bus.dead_letters("indexes", "mail").count() == 0
+    assert (await bus.dead_letters("indexes").redrive()).matched == 0
+    await bury(bus, 1)
+    await bus.redis.xtrim(DEAD, 0)
+    assert await found(bus.dead_letters("index")) == [], "it had some once"
+
+
+async def test_one_is_got_by_its_id_or_is_gone(valkey: Bus) -> None:
+    await bury(valkey, 1)
+    await put(valkey, own(2) | why(), "5-5", OTHER)
+    one = await put(valkey, own(3) | why(), "9999999999999-5", STREAM)
+    letters = valkey.dead_letters("index", reason="crashed")
+    assert (await letters.get(one)).envelope.event_id == "e3"
+    assert (await letters.get("5-5")).id == "mail:1/5-5"
+    for gone in ("mail:0/5-5", "mail:7/5-5", "6-6", "other:0/5-5"):
+        with pytest.raises(LetterGone, match=f"no dead letter {gone}: it was redriven or purged"):
+            await letters.get(gone)
+    with pytest.raises(DeclarationError, match="is no id"):
+        await letters.get("5")
+    await put(valkey, own(4) | why(), "9999999999999-5", OTHER)
+    with pytest.raises(
+        DeclarationError, match="name mail:0/9999999999999-5, mail:1/9999999999999-5"
+    ):
+        await letters.get("9999999999999-5")
+
+
+async def test_pages_join_without_a_seam_and_what_comes_later_is_not_found(valkey: Bus) -> None:
+    pipe = valkey.redis.pipeline()
+    for n in range(1_300):
+        pipe.xadd((DEAD, f"{OTHER}:dead:index")[n % 3 == 0], own(n) | why())
+    await pipe.execute()
+    seen = []
+    async for letter in valkey.dead_letters("index"):
+        if not seen:
+            await bury(valkey, 5_000)
+        seen.append(letter.event.n)
+    assert sorted(seen) == list(range(1_300))
+    assert await valkey.dead_letters("index").count() == 1_301
+
+
+# --- what others wrote
+
+
+async def test_entries_that_nobody_of_us_wrote_are_letters_too(bus: Bus) -> None:
+    await put(bus, {"hello": "world"}, "1-0")
+    await put(
+        bus, {b"\xff": b"\xfe", b"id": b"\xff", b"type": b"mail.\xff", b"deaderror": b"\xff"}, "2-0"
+    )
+    await put(bus, own(3) | {"deadreason": "bored", "deadattempts": "-4", "deadentry": "x"}, "3-0")
+    await put(bus, {"deadreason": "effects-failed", "deaderror": "E: e"}, "999999999999999-0")
+    letters = await found(bus.dead_letters("index"))
+    assert [x.reason for x in letters] == ["", "", "bored", "effects-failed"]
+    assert [x.attempts for x in letters] == [0, 0, 0, 0]
+    assert [x.original_entry_id for x in letters] == [x.entry_id for x in letters]
+    assert [x.error_type for x in letters] == ["", "", "", "E"]
+    assert letters[1].error == "\ufffd"
+    assert letters[0].fields == (b"hello", b"world")
+    assert letters[3].fields == ()
+    assert letters[3].died_at.year == 9999
+    for letter in (letters[0], letters[1], letters[3]):
+        with pytest.raises(Undecodable):
+            _ = letter.event
+    assert letters[2].event == Posted(box=box_of(0), n=3)
+    result = await bus.dead_letters("index").redrive()
+    assert (result.matched, result.redriven) == (4, 4)
+    inbox = [fields for _, fields in await bus.redis.xrange(INBOX)]
+    assert inbox[0] == {
+        b"hello": b"world",
+        b"origentry": b"1-0",
+        b"attempts": b"0",
+        b"due": b"0",
+        b"run": result.run.encode(),
+    }
+    assert inbox[1][b"\xff"] == b"\xfe"
+    assert b"deaderror" not in inbox[1]
+    assert inbox[3].keys() == {b"origentry", b"attempts", b"due", b"run"}
+
+
+async def test_only_what_was_appended_is_taken_off(bus: Bus, server: Any) -> None:
+    """Fields of an event may have any name, twice, also those of dead letters and inboxes."""
+    events = [
+        [
+            "id",
+            "e1",
+            "type",
+            "mail.posted",
+            "data",
+            "{}",
+            "deadreason",
+            "mine",
+            "deadapplied",
+            "no",
+        ],
+        ["a", "1", "a", "2", "deadtime", "1", "deadentry", "2", "deadreason", "3", "run", "r"],
+        ["deadfields", "no msgpack"],
+        ["deadfields", msgspec.msgpack.encode([b"a"])],
+        ["run", "x", "attempts", "7", "deadtime", "3"],
+        [],
+    ]
+    appended = [str(w) for pair in why().items() for w in pair]
+    for fields in events:
+        ask(server, "XADD", DEAD, "*", *fields, *appended)
+    letters = await found(bus.dead_letters("index"))
+    wanted = [tuple(f if isinstance(f, bytes) else f.encode() for f in fields) for fields in events]
+    assert [x.fields for x in letters] == wanted
+    run = (await bus.dead_letters("index").redrive()).run
+    more = ("origentry", "1700000000000-7", "attempts", "0", "due", "0", "run", run)
+    entries = [entry for _, entry in await bus.store.archive.range(INBOX, "-", "+", 100)]
+    assert [tuple(e) for e in entries] == [w + tuple(x.encode() for x in more) for w in wanted]
+
+
+@pytest.mark.parametrize("by", ["python", "lua"])
+async def test_many_fields_that_lie_packed_are_unpacked(bus: Bus, server: Any, by: str) -> None:
+    many = ["id", "e1", "type", "mail.posted", "data", '{"box":"b"}']
+    many += [w for n in range(1_500) for w in (f"f{n}", "x" * (n % 300))]
+    plain = [w.encode() for w in many] + [b"odd", b"\xff\xfe", b"long", b"y" * 70_000]
+    if by == "python":
+        packed = msgspec.msgpack.encode(plain)
+    else:
+        ask(server, "RPUSH", "list", *plain)
+        script = "return cmsgpack.pack(redis.call('LRANGE', KEYS[1], 0, -1))"
+        packed = await bus.redis.eval(script, 1, "list")
+    await put(bus, {"deadfields": packed} | why())
+    (letter,) = await found(bus.dead_letters("index"))
+    assert letter.fields == tuple(plain)
+    assert letter.event == Posted(box="b")
+    assert (await bus.dead_letters("index").redrive()).redriven == 1
+    ((_, entry),) = await bus.store.archive.range(INBOX, "-", "+", 10)
+    assert entry[: len(plain)] == plain
+    assert entry[len(plain) : len(plain) + 2] == [b"origentry", b"1700000000000-7"]
+    assert await dead(bus) == []
+
+
+async def test_what_has_too_many_fields_for_a_script_stays_and_is_named(
+    bus: Bus, server: Any
+) -> None:
+    await bury(bus, 1)
+    ask(server, "XADD", DEAD, "*", *["f", "v"] * 4_000, *[str(w) for p in why().items() for w in p])
+    await bury(bus, 3)
+    (_, second, _) = await found(bus.dead_letters("index"))
+    result = await bus.dead_letters("index").redrive()
+    assert (result.matched, result.redriven, result.stuck) == (3, 2, (second.id,))
+    assert [x.id for x in await found(bus.dead_letters("index"))] == [second.id]
+    assert await ns_of(bus, INBOX) == [1, 3]
+
+
+async def test_a_key_of_another_type_is_told_and_nothing_is_moved(bus: Bus, server: Any) -> None:
+    await bury(bus, 1)
+    ask(server, "SET", INBOX, "precious")
+    with pytest.raises(WrongKeyType, match="inbox:index"):
+        await bus.dead_letters("index").redrive()
+    assert await bus.dead_letters("index").count() == 1
+    ask(server, "SET", f"{OTHER}:dead:index", "precious")
+    with pytest.raises(WrongKeyType, match="dead:index"):
+        await found(bus.dead_letters("index"))
+    assert ask(server, "GET", INBOX) == b"$8\r\nprecious\r\n"
+
+
+# --- export
+
+
+async def test_an_export_has_a_line_for_each_and_leaves_them(valkey: Bus, tmp_path: Any) -> None:
+    await bury(valkey, 1)
+    await put(
+        valkey,
+        {
+            "id": "e2",
+            "type": "mail.stamped",
+            "data": msgspec.msgpack.encode({"n": 2}),
+            "datacontenttype": "application/msgpack",
+        }
+        | why(),
+    )
+    await put(valkey, own(3, data=b"\xff\x00") | why("rejected", "Reject: é\n"))
+    path = tmp_path / "letters.jsonl"
+    path.write_text("old\n" * 100)
+    assert await valkey.dead_letters("index").export(path) == 3
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    letters = await found(valkey.dead_letters("index"))
+    assert lines == [x.as_json() for x in letters]
+    assert lines[0] == {
+        "id": letters[0].id,
+        "group": "index",
+        "stream": STREAM,
+        "reason": "failed",
+        "error": "ValueError: no",
+        "error_type": "ValueError",
+        "traceback": "line 1\nline 2",
+        "attempts": 5,
+        "died_at": letters[0].died_at.isoformat(),
+        "published_at": "2023-11-14T22:13:20+00:00",
+        "original_entry_id": "1700000000000-7",
+        "applied": [],
+        "event_id": "e1",
+        "type": "mail.posted",
+        "version": 1,
+        "key": box_of(0),
+        "time": "2023-11-14T22:13:20+00:00",
+        "source": None,
+        "correlation_id": None,
+        "causation_id": None,
+        "causation_depth": 0,
+        "traceparent": None,
+        "tracestate": None,
+        "content_type": "application/json",
+        "data": {"box": box_of(0), "n": 1},
+    }
+    assert lines[1]["data"] == {"n": 2}
+    assert lines[1]["content_type"] == "application/msgpack"
+    assert "data" not in lines[2]
+    assert base64.b64decode(lines[2]["data_base64"]) == b"\xff\x00"
+    assert lines[2]["error"] == "Reject: é\n"
+    text = io.StringIO()
+    assert await valkey.dead_letters("index", reason="rejected").export(text) == 1
+    assert json.loads(text.getvalue()) == lines[2]
+    assert await valkey.dead_letters("index", reason="crashed").export(path) == 0
+    assert path.read_text() == ""
+    with pytest.raises(IsADirectoryError):
+        await valkey.dead_letters("index").export(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("data", "packed", "value"),
+    [
+        (b'{"a": [1, 2.5, null, "\xc3\xa9"]}', False, {"a": [1, 2.5, None, "é"]}),
+        (b"123456789012345678901234567890", False, 123456789012345678901234567890),
+        (b"no JSON", False, None),
+        (b"NaN", False, None),
+        (b"[" * 100_000, False, None),
+        (b'"\xff"', False, None),
+        (msgspec.msgpack.encode({"a": [1, "x"]}), True, {"a": [1, "x"]}),
+        (msgspec.msgpack.encode({"a": b"bytes"}), True, None),
+        (msgspec.msgpack.encode({"a": math.nan}), True, None),
+        (msgspec.msgpack.encode({"a": datetime(2026, 1, 1, tzinfo=UTC)}), True, None),
+        (msgspec.msgpack.encode({1: 2}), True, None),
+        (b"\xc1", True, None),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+async def test_data_is_a_json_value_only_if_that_is_all_of_it(
+    valkey: Bus, data: bytes, packed: bool, value: Any
+) -> None:
+    kind = {"datacontenttype": "application/msgpack"} if packed else {}
+    await put(valkey, own(1, data=data, **kind) | why())
+    (letter,) = await found(valkey.dead_letters("index"))
+    said = json.loads(json.dumps(letter.as_json()))
+    if value is None:
+        assert "data" not in said
+        assert base64.b64decode(said["data_base64"]) == data
+    else:
+        assert said["data"] == value
+        assert "data_base64" not in said
+    assert "fields_base64" not in said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hello": "world"},
+        {b"id": b"\xff", b"type": b"mail.posted", b"data": b"{}"},
+        {"id": "e", "type": "mail.posted", "data": "{}", "v": "two"},
+        {"id": "e", "type": "mail.posted", "data": "{}", "theirs": "1"},
+        {"type": "mail.posted", "data": "{}"},
+    ],
+    ids=str,
+)
+async def test_what_the_document_does_not_tell_is_in_it_as_it_was(valkey: Bus, fields: Any) -> None:
+    await put(valkey, fields | why())
+    (letter,) = await found(valkey.dead_letters("index"))
+    said = json.loads(json.dumps(letter.as_json()))
+    assert tuple(base64.b64decode(part) for part in said["fields_base64"]) == letter.fields
+
+
+# --- redrive
+
+
+async def test_a_redriven_letter_is_in_the_inbox_and_nowhere_else(bus: Bus) -> None:
+    witness = Witness(bus)
+    first, *_ = await bury(bus, 1, 2)
+    await bury(bus, 3, stream=OTHER)
+    result = await bus.dead_letters("index").redrive()
+    assert re.fullmatch(r"redrive-[0-9a-f]{16}", result.run)
+    assert result == Redriven(3, 3, 0, 0, (), result.run)
+    assert await dead(bus) == await dead(bus, f"{OTHER}:dead:index") == []
+    entries = [fields for _, fields in await bus.redis.xrange(INBOX)]
+    assert [e[b"id"] for e in entries] == [b"e1", b"e2"]
+    assert entries[0] == {k.encode(): v.encode() for k, v in own(1).items()} | {
+        b"origentry": b"1700000000000-7",
+        b"attempts": b"0",
+        b"due": b"0",
+        b"run": result.run.encode(),
+    }
+    assert await ns_of(bus, f"{OTHER}:inbox:index") == [3]
+    (group,) = await bus.redis.xinfo_groups(INBOX)
+    assert (group["name"], group["last-delivered-id"]) == (b"index", b"0-0")
+    told = witness.of("dead_letters.redriven", run=result.run, group="index")
+    assert sorted((t["stream"], t["count"]) for t in told) == [(STREAM, 2), (OTHER, 1)]
+    with pytest.raises(LetterGone):
+        await bus.dead_letters("index").get(first)
+
+
+async def test_an_existing_inbox_and_its_group_stay_as_they_are(bus: Bus) -> None:
+    await bus.redis.xadd(INBOX, own(9))
+    await bus.redis.xgroup_create(INBOX, "index", "0")
+    await bus.redis.xreadgroup("index", "c", {INBOX: ">"})
+    await bury(bus, 1)
+    await bus.dead_letters("index").redrive()
+    (group,) = await bus.redis.xinfo_groups(INBOX)
+    assert group["pending"] == 1
+    assert await ns_of(bus, INBOX) == [9, 1]
+
+
+async def test_only_what_was_asked_for_goes_up_to_the_limit(valkey: Bus) -> None:
+    await bury(valkey, *range(10))
+    letters = valkey.dead_letters("index", where=lambda letter: letter.event.n % 2 == 0)
+    result = await letters.redrive(limit=3)
+    assert (result.matched, result.redriven) == (3, 3)
+    assert await ns_of(valkey, INBOX) == [0, 2, 4]
+    newest = valkey.dead_letters("index", reverse=True)
+    assert (await newest.redrive(limit=2)).redriven == 2
+    assert await ns_of(valkey, INBOX) == [0, 2, 4, 9, 8]
+    assert await ns_of(valkey, DEAD) == [1, 3, 5, 6, 7]
+
+
+async def test_a_dry_run_counts_and_shows_and_changes_nothing(valkey: Bus) -> None:
+    await bury(valkey, *range(30))
+    before = await valkey.redis.xrange(DEAD)
+    witness = Witness(valkey)
+    result = await valkey.dead_letters("index").redrive(dry_run=True, edit={"n": 5}, limit=25)
+    assert (result.matched, result.redriven, result.run) == (25, 0, "")
+    assert [x.event.n for x in result.sample] == list(range(10))
+    with pytest.raises(InvalidEvent, match="field n: Expected `int`"):
+        await valkey.dead_letters("index").redrive(dry_run=True, edit={"n": "x"})
+    purge = await valkey.dead_letters("index").purge(dry_run=True)
+    assert (purge.matched, purge.purged, purge.gone) == (30, 0, 0)
+    assert [x.event.n for x in purge.sample] == list(range(10))
+    assert await valkey.redis.xrange(DEAD) == before
+    assert not await valkey.redis.exists(INBOX)
+    assert witness.seen == []
+
+
+async def test_a_rate_is_kept(valkey: Bus) -> None:
+    await bury(valkey, *range(12))
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    result = await valkey.dead_letters("index").redrive(rate=20)
+    took_s = loop.time() - started
+    assert result.redriven == 12
+    assert 0.4 < took_s < 1.5, "twelve at twenty a second, in steps of two"
+
+
+async def test_progress_is_told_on_the_way_and_in_the_end(valkey: Bus, monkeypatch: Any) -> None:
+    monkeypatch.setattr(redrive, "PROGRESS_S", 0)
+    await bury(valkey, *range(250))
+    told: list[Redriven] = []
+    result = await valkey.dead_letters("index").redrive(progress=told.append)
+    assert [t.redriven for t in told] == [100, 200, 250, 250]
+    assert told[-1] == result
+    await bury(valkey, 1)
+
+    async def later(so_far: Redriven) -> None:
+        await asyncio.sleep(0)
+        told.append(so_far)
+
+    await valkey.dead_letters("index").redrive(progress=later)
+    assert told[-1].redriven == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limit": 0}, "limit must be a whole number"),
+        ({"limit": 1.5}, "limit must be a whole number"),
+        ({"rate": 0}, "rate must be a number"),
+        ({"edit": "n=5"}, "edit is a mapping"),
+        ({"progress": 3}, "progress is a function"),
+    ],
+    ids=str,
+)
+async def test_bad_orders_are_refused_before_anything_is_done(
+    valkey: Bus, arguments: Any, message: str
+) -> None:
+    await bury(valkey, 1)
+    with pytest.raises(DeclarationError, match=message):
+        await valkey.dead_letters("index").redrive(**arguments)
+    if "limit" in arguments:
+        with pytest.raises(DeclarationError, match=message):
+            await valkey.dead_letters("index").purge(**arguments)
+    assert await valkey.dead_letters("index").count() == 1
+
+
+async def test_what_dies_again_meanwhile_is_not_redriven_again(valkey: Bus) -> None:
+    """Else a redrive of what fails at once would never end."""
+    await bury(valkey, *range(150))
+
+    async def die_again(so_far: Redriven) -> None:
+        await bury(valkey, 1_000 + so_far.redriven)
+
+    result = await valkey.dead_letters("index").redrive(progress=die_again)
+    assert result.redriven == 150
+    assert all(n >= 1_000 for n in await ns_of(valkey, DEAD))
+
+
+async def test_of_two_redrives_at_once_each_letter_goes_with_one(bus: Bus) -> None:
+    await bury(bus, *range(500))
+    async with Bus.connect(bus.address) as other:
+        both = await asyncio.gather(
+            *(b.dead_letters("index").redrive() for b in (bus, other, bus, other))
+        )
+    assert sum(r.redriven for r in both) == 500
+    assert all(r.matched == r.redriven + r.gone for r in both)
+    assert sorted(await ns_of(bus, INBOX)) == list(range(500))
+    assert await dead(bus) == []
+
+
+async def test_a_full_inbox_is_waited_for_and_told_once(url: str) -> None:
+    async with Bus.connect(url, topics=[TIGHT]) as bus:
+        await bus.topics.record("mail")
+        witness = Witness(bus)
+        await bury(bus, *range(35))
+        told: list[Redriven] = []
+        task = asyncio.create_task(bus.dead_letters("index").redrive(progress=told.append))
+        await eventually(lambda: witness.of("redrive.waits"))
+        for left in (25, 15, 5):
+            await eventually(lambda left=left: _length(bus, DEAD, left))
+            assert await bus.redis.xlen(INBOX) == 10
+            if left == 25:
+                await eventually(lambda: told[-1].waiting)
+            for entry_id, _ in await bus.redis.xrange(INBOX):
+                await bus.redis.xdel(INBOX, entry_id)
+        result = await asyncio.wait_for(task, 10)
+    assert (result.matched, result.redriven, result.waiting) == (35, 35, False)
+    (waits,) = witness.of("redrive.waits")
+    assert (waits["stream"], waits["group"], waits["count"]) == (STREAM, "index", 25)
+    assert witness.total("dead_letters.redriven") == 35
+
+
+async def _length(bus: Bus, key: str, length: int) -> bool:
+    return bool(await bus.redis.xlen(key) == length)
+
+
+async def test_one_full_inbox_lets_nobody_overtake_and_a_cancelled_wait_does_no_harm(
+    url: str,
+) -> None:
+    async with Bus.connect(url, topics=[TIGHT]) as bus:
+        await bus.topics.record("mail")
+        witness = Witness(bus)
+        await bury(bus, *range(15))
+        task = asyncio.create_task(bus.dead_letters("index").redrive())
+        await eventually(lambda: witness.of("redrive.waits"))
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert await ns_of(bus, INBOX) == list(range(10))
+        assert await ns_of(bus, DEAD) == list(range(10, 15))
+
+
+async def test_a_raised_mark_makes_room_for_a_redrive_that_waits(valkey_url: str) -> None:
+    async with Bus.connect(valkey_url, topics=[TIGHT]) as bus:
+        await bus.topics.record("mail")
+        witness = Witness(bus)
+        await bury(bus, *range(35))
+        task = asyncio.create_task(bus.dead_letters("index").redrive())
+        await eventually(lambda: witness.of("redrive.waits"))
+        record = json.loads(await bus.redis.hget("bus:topics", "mail"))
+        await bus.redis.hset("bus:topics", "mail", json.dumps(record | {"maxlen": 400}))
+        assert (await asyncio.wait_for(task, 10)).redriven == 35
+
+
+# --- when the server is in trouble
+
+
+async def test_after_lost_answers_the_counts_are_right_and_each_is_there_once(
+    server: Any, url: str
+) -> None:
+    async with Proxy(server.port) as proxy, Bus.connect(proxy.url, topics=[TOPIC]) as bus:
+        await bury(bus, *range(250))
+        await bury(bus, *range(250, 300), stream=OTHER)
+        witness = Witness(bus)
+        proxy.lose(digest(Script("redrive")), 3)
+        result = await bus.dead_letters("index").redrive()
+        assert proxy.lost == 3
+        assert (result.matched, result.redriven, result.gone) == (300, 300, 0)
+        assert len(witness.of("redrive.retried")) == 3
+        ns = await ns_of(bus, INBOX) + await ns_of(bus, f"{OTHER}:inbox:index")
+        assert sorted(ns) == list(range(300))
+        assert witness.total("dead_letters.redriven") == 300
+
+
+async def test_a_lost_answer_of_a_purge_counts_what_is_gone_as_purged(
+    server: Any, url: str
+) -> None:
+    async with Proxy(server.port) as proxy, Bus.connect(proxy.url, topics=[TOPIC]) as bus:
+        await bury(bus, *range(20))
+        proxy.lose(b"XDEL", 1)
+        result = await bus.dead_letters("index").purge()
+        assert proxy.lost == 1
+    assert (result.matched, result.purged, result.gone) == (20, 20, 0)
+
+
+async def test_a_server_that_refuses_is_asked_for_a_while_and_then_it_is_an_error(
+    private_server: Any, monkeypatch: Any, server_kind: str
+) -> None:
+    monkeypatch.setattr(redrive, "REDRIVE_PATIENCE_S", 1)
+    server = private_server(server_kind)
+    async with Bus.connect(server.url, topics=[TOPIC]) as bus:
+        await bury(bus, *range(3))
+        witness = Witness(bus)
+        ask(server, "CONFIG", "SET", "maxmemory", "1")
+        with pytest.raises(ServerRefused, match="OOM") as caught:
+            await bus.dead_letters("index").redrive()
+        assert caught.value.code == "OOM"
+        assert len(witness.of("redrive.retried", stream=STREAM, group="index", count=3)) > 1
+        assert await bus.redis.xlen(INBOX) == 0
+        assert await ns_of(bus, DEAD) == [0, 1, 2]
+        monkeypatch.setattr(redrive, "REDRIVE_PATIENCE_S", 20)
+        task = asyncio.create_task(bus.dead_letters("index").redrive())
+        retried = len(witness.of("redrive.retried"))
+        await eventually(lambda: len(witness.of("redrive.retried")) > retried)
+        ask(server, "CONFIG", "SET", "maxmemory", "0")
+        assert (await task).redriven == 3
+
+
+@pytest.mark.parametrize("command", ["xadd", "xdel", "xgroup", "set", "get", "xlen"])
+async def test_a_right_that_is_missing_moves_nothing(server: Any, url: str, command: str) -> None:
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        await bury(bus, 1, 2)
+    ask(server, "ACL", "SETUSER", "half", "on", ">pw", "~*", "+@all")
+    try:
+        async with Bus.connect(url.replace("redis://", "redis://half:pw@"), topics=[TOPIC]) as half:
+            ask(server, "ACL", "SETUSER", "half", f"-{command}")
+            with pytest.raises(PermissionDenied):
+                await half.dead_letters("index").redrive()
+    finally:
+        ask(server, "ACL", "DELUSER", "half")
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        assert await ns_of(bus, DEAD) == [1, 2]
+        assert await bus.redis.xlen(INBOX) == 0
+
+
+# --- the script
+
+
+def letters_of(ids: list[bytes]) -> list[tuple[bytes, str, int, list[Any]]]:
+    return [(i, "5-5", 8, []) for i in ids]
+
+
+async def test_a_repeated_call_is_answered_as_it_was_and_moves_nothing_more(bus: Bus) -> None:
+    await bury(bus, 1, 2, 3)
+    archive, ids = bus.store.archive, [i for i, _ in await bus.redis.xrange(DEAD)]
+    asked = letters_of([*ids[:2], b"7-7"])
+    first = await archive.redrive(STREAM, "index", "redrive-1", 4, 1, asked)
+    assert first == [Returned.YES, Returned.FULL, Returned.GONE]
+    await bus.redis.xtrim(INBOX, 0)  # it was handled meanwhile
+    assert await archive.redrive(STREAM, "index", "redrive-1", 4, 1, asked) == first
+    assert await bus.redis.xlen(INBOX) == 0
+    assert await ns_of(bus, DEAD) == [2, 3]
+    assert 0 < await bus.redis.ttl(keys.redrive(STREAM, "redrive-1")) <= 600
+    # Another run, or the next call, is no repeat; one from before does nothing.
+    other = await archive.redrive(STREAM, "index", "redrive-2", 4, 9, letters_of(ids[:2]))
+    assert other == [Returned.GONE, Returned.YES]
+    again = await archive.redrive(STREAM, "index", "redrive-1", 10, 9, letters_of(ids))
+    assert again == [Returned.GONE, Returned.GONE, Returned.YES]
+    with pytest.raises(ReplyError, match="STALE"):
+        await archive.redrive(STREAM, "index", "redrive-1", 9, 9, letters_of(ids))
+
+
+async def test_a_letter_twice_in_one_call_goes_once(bus: Bus) -> None:
+    await bury(bus, 1)
+    ((entry_id, _),) = await bus.redis.xrange(DEAD)
+    asked = letters_of([entry_id, entry_id])
+    answer = await bus.store.archive.redrive(STREAM, "index", "redrive-1", 1, 9, asked)
+    assert answer == [Returned.YES, Returned.GONE]
+    assert await ns_of(bus, INBOX) == [1]
+
+
+async def test_a_call_that_moves_nothing_makes_nothing(bus: Bus) -> None:
+    await bury(bus, 1)
+    archive = bus.store.archive
+    assert await archive.redrive(STREAM, "index", "r", 1, 9, letters_of([b"1-1"])) == [
+        Returned.GONE
+    ]
+    ids = [i for i, _ in await bus.redis.xrange(DEAD)]
+    assert await archive.redrive(STREAM, "index", "r", 1, 0, letters_of(ids)) == [Returned.FULL]
+    assert await bus.redis.exists(INBOX, keys.redrive(STREAM, "r")) == 0
+
+
+# --- purge
+
+
+async def test_purged_letters_are_gone_and_nothing_else(bus: Bus) -> None:
+    witness = Witness(bus)
+    await bury(bus, *range(6))
+    await bury(bus, 6, 7, stream=OTHER)
+    letters = bus.dead_letters("index", where=lambda letter: letter.event.n % 2 == 0)
+    result = await letters.purge(limit=2)
+    assert (result.matched, result.purged, result.gone, result.sample) == (2, 2, 0, ())
+    assert await ns_of(bus, DEAD) == [1, 3, 4, 5]
+    assert (await letters.purge()).purged == 2
+    assert await ns_of(bus, DEAD) == [1, 3, 5]
+    assert await ns_of(bus, f"{OTHER}:dead:index") == [7]
+    assert witness.total("dead_letters.purged", group="index") == 4
+    assert await bus.redis.exists(INBOX) == 0
+
+
+async def test_what_somebody_else_purges_first_is_counted_as_gone(valkey: Bus) -> None:
+    await bury(valkey, *range(1_200))
+    async with Bus.connect(valkey.address) as other:
+        both = await asyncio.gather(*(b.dead_letters("index").purge() for b in (valkey, other)))
+    assert sum(r.purged for r in both) == 1_200
+    assert all(r.matched == r.purged + r.gone for r in both)
+    assert await valkey.dead_letters("index").count() == 0
+
+
+# --- edits
+
+
+async def mend(bus: Bus, edit: Any, **fields: Any) -> dict[bytes, bytes]:
+    """Redrive the one letter with an edit; return its inbox entry, without the inbox's fields."""
+    result = await bus.dead_letters("index").redrive(edit=edit, **fields)
+    assert result.redriven == 1
+    assert await dead(bus) == []
+    ((_, entry),) = await bus.redis.xrange(INBOX)
+    run = entry.pop(b"run").decode()
+    assert run == result.run
+    inbox = {k: entry.pop(k) for k in (b"origentry", b"attempts", b"due")}
+    assert inbox == {b"origentry": b"1700000000000-7", b"attempts": b"0", b"due": b"0"}
+    return entry
+
+
+async def test_a_changed_field_is_in_the_event_and_all_else_is_as_it_was(bus: Bus) -> None:
+    headers = {
+        "source": "/farm",
+        "time": "2026-01-01T00:00:00+00:00",
+        "correlationid": "c",
+        "theirs": "x",
+    }
+    await put(bus, own(1, **headers) | why())
+    entry = await mend(bus, {"n": 5, "weight": 2})
+    assert json.loads(entry.pop(b"data")) == {"box": box_of(0), "n": 5, "weight": 2.0}
+    wanted = {k: v for k, v in own(1, **headers).items() if k != "data"}
+    assert entry == {k.encode(): v.encode() for k, v in wanted.items()}
+
+
+async def test_a_function_gives_an_event_or_changes_or_leaves_one_out(valkey: Bus) -> None:
+    await bury(valkey, 1, 2, 3)
+
+    def edit(letter: Letter) -> Any:
+        event = letter.event
+        assert isinstance(event, Posted)
+        if event.n == 1:
+            return Posted(box=event.box, n=100)
+        return {"n": 200} if event.n == 2 else None
+
+    result = await valkey.dead_letters("index").redrive(edit=edit)
+    assert (result.matched, result.redriven, result.left_out) == (3, 2, 1)
+    assert await ns_of(valkey, INBOX) == [100, 200]
+    assert await ns_of(valkey, DEAD) == [3]
+
+
+async def test_the_limit_does_not_count_what_an_edit_leaves_out(valkey: Bus) -> None:
+    await bury(valkey, *range(6))
+
+    def edit(letter: Letter) -> Any:
+        return {} if letter.event.n % 2 else None  # type: ignore[attr-defined]
+
+    result = await valkey.dead_letters("index").redrive(edit=edit, limit=2)
+    assert (result.matched, result.redriven, result.left_out) == (4, 2, 2)
+    assert await ns_of(valkey, INBOX) == [1, 3]
+
+
+async def test_an_old_letter_is_mended_as_the_newest_class(bus: Bus) -> None:
+    data = json.dumps({"name": "A", "pieces": 1, "extra": True})
+    await put(bus, {"id": "e1", "type": "mail.sorted", "data": data} | why())
+    entry = await mend(bus, {"pieces": 2, "since": "2026-01-01T00:00:00Z"})
+    assert entry[b"v"] == b"3"
+    assert json.loads(entry[b"data"]) == {
+        "shelfName": "A",
+        "pieces": 2,
+        "since": "2026-01-01T00:00:00Z",
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "data", "changes", "wanted"),
+    [
+        (3, {"shelfName": "A", "pieces": "many"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
+        (3, {"shelfName": "A"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
+        (1, {"name": "A", "pieces": "many"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
+        (2, {"shelf": 5, "pieces": 1}, {"shelf_name": "A"}, {"shelfName": "A", "pieces": 1}),
+        (2, {"shelf": 5, "pieces": 1}, {"shelfName": "A"}, {"shelfName": "A", "pieces": 1}),
+        (1, {"pieces": 1}, {"shelf_name": "A"}, {"shelfName": "A", "pieces": 1}),
+        ("x", {"shelfName": "A", "pieces": 1}, {}, {"shelfName": "A", "pieces": 1}),
+        (3, [1, 2], {"shelf_name": "A", "pieces": 1}, {"shelfName": "A", "pieces": 1}),
+    ],
+    ids=str,
+)
+async def test_a_letter_that_cannot_be_read_is_mended_from_what_can_be_read_of_it(
+    valkey: Bus, version: Any, data: Any, changes: Any, wanted: Any
+) -> None:
+    fields = {"id": "e1", "type": "mail.sorted", "data": json.dumps(data), "v": str(version)}
+    await put(valkey, fields | why("undecodable"))
+    with pytest.raises(Undecodable):
+        _ = (await found(valkey.dead_letters("index")))[0].event
+    entry = await mend(valkey, changes)
+    assert entry[b"v"] == b"3"
+    assert json.loads(entry[b"data"]) == wanted | {"since": None}
+
+
+async def test_bytes_and_msgpack_are_mended_as_such(bus: Bus) -> None:
+    fields = {"id": b"\xff", "type": "mail.stamped", "datacontenttype": "application/msgpack"}
+    await put(bus, fields | {"data": msgspec.msgpack.encode({"n": "x", "seal": b"\xff"})} | why())
+    entry = await mend(bus, {"n": 1})
+    assert msgspec.msgpack.decode(entry[b"data"]) == {"n": 1, "seal": b"\xff"}
+    assert entry[b"datacontenttype"] == b"application/msgpack"
+    assert entry[b"id"] == b"\xff", "the same event, whatever its id is"
+
+
+async def test_an_event_written_in_another_encoding_gets_that_of_its_class(valkey: Bus) -> None:
+    await put(valkey, {"id": "e1", "type": "mail.stamped", "data": '{"n":1}'} | why())
+    entry = await mend(valkey, {"seal": b"\x00"})
+    assert msgspec.msgpack.decode(entry[b"data"]) == {"n": 1, "seal": b"\x00"}
+    assert entry[b"datacontenttype"] == b"application/msgpack"
+
+
+def raising(_: Letter) -> Any:
+    raise LookupError("mine")
+
+
+BAD_EDITS: list[tuple[Any, type[Exception], str]] = [
+    ({"n": "5"}, InvalidEvent, "dead letter ID: field n: Expected `int`, got `str`"),
+    ({"m": 5}, InvalidEvent, r"has no field 'm': .*it has box, n, weight"),
+    ({"wieght": 5}, InvalidEvent, r"no field 'wieght': did you mean weight\?"),
+    ({"weight": math.nan}, InvalidEvent, "NaN and Infinity cannot"),
+    ({"box": "\ud800"}, InvalidEvent, "not UTF-8"),
+    (
+        {"box": box_of(1)},
+        InvalidEvent,
+        "belongs to partition 1, not here: publish it as a new event",
+    ),
+    (lambda _: Stamped(n=1), InvalidEvent, "is a mail.posted and cannot become a mail.stamped"),
+    (lambda _: Posted(box=box_of(1)), InvalidEvent, "belongs to partition 1"),
+    (lambda _: 5, InvalidEvent, "an edit gives an event, a mapping .*, not int"),
+    (lambda _: "n", InvalidEvent, "not str"),
+    (raising, LookupError, "mine"),
+]
+
+
+@pytest.mark.parametrize(("edit", "error", "message"), BAD_EDITS, ids=shown)
+async def test_an_edit_that_is_not_valid_is_told_and_sends_nothing(
+    valkey: Bus, edit: Any, error: type[Exception], message: str
+) -> None:
+    (letter_id,) = await bury(valkey, 1)
+    before = await valkey.redis.xrange(DEAD)
+    with pytest.raises(error, match=message.replace("ID", letter_id)) as caught:
+        await valkey.dead_letters("index").redrive(edit=edit)
+    assert error is LookupError or letter_id in str(caught.value)
+    assert await valkey.redis.xrange(DEAD) == before
+    assert await valkey.redis.exists(INBOX) == 0
+
+
+async def test_an_event_may_not_grow_beyond_what_the_bus_takes(valkey: Bus) -> None:
+    (letter_id,) = await bury(valkey, 1)
+    async with Bus.connect(valkey.address, topics=[TOPIC], max_event_bytes=75) as small:
+        letters = small.dead_letters("index")
+        with pytest.raises(EventTooLarge, match=f"{letter_id}: .* above max_event_bytes = 75"):
+            await letters.redrive(edit={"weight": 1.2345678901234567})
+        assert (await letters.redrive(edit={"weight": 1.0})).redriven == 1
+
+
+async def test_a_class_that_refuses_its_values_is_listened_to(valkey: Bus) -> None:
+    await put(valkey, own(1, type="mail.weighed", data='{"grams":1}') | why())
+    with pytest.raises(InvalidEvent, match="less than nothing"):
+        await valkey.dead_letters("index").redrive(edit={"grams": -1})
+    assert len(await dead(valkey)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"), [("mail.unheard", "1"), ("mail.posted", "2"), (b"mail.\xff", "1")], ids=str
+)
+async def test_an_edit_that_cannot_be_checked_is_refused_and_a_plain_redrive_is_not(
+    valkey: Bus, kind: Any, version: str
+) -> None:
+    await put(valkey, own(1, type=kind, v=version) | why("newer-version"))
+    with pytest.raises(
+        UnknownEventType, match=r"mail:0/.* the edit cannot be checked: .* without an"
+    ):
+        await valkey.dead_letters("index").redrive(edit={"n": 5})
+    assert await valkey.dead_letters("index").count() == 1
+    assert (await valkey.dead_letters("index").redrive()).redriven == 1
+    ((_, entry),) = await valkey.redis.xrange(INBOX)
+    assert entry[b"v"].decode() == version
+
+
+async def test_a_letter_without_an_event_id_cannot_be_mended(valkey: Bus) -> None:
+    await put(valkey, {"type": "mail.posted", "data": "{}"} | why("undecodable"))
+    with pytest.raises(InvalidEvent, match="it has no event id: publish it as a new event"):
+        await valkey.dead_letters("index").redrive(edit={"box": box_of(0)})
+
+
+async def test_a_bad_edit_in_the_middle_leaves_it_and_those_after_it_where_they_were(
+    valkey: Bus,
+) -> None:
+    await bury(valkey, *range(250))
+
+    def edit(letter: Letter) -> Any:
+        n = letter.event.n  # type: ignore[attr-defined]
+        return {"n": "bad"} if n == 150 else {"weight": 2.0}
+
+    with pytest.raises(InvalidEvent, match="field n") as caught:
+        await valkey.dead_letters("index").redrive(edit=edit)
+    assert caught.value.__notes__ == ["100 dead letters were redriven before; run it again"]
+    assert await ns_of(valkey, INBOX) == list(range(100)), "no batch is sent in part"
+    assert await ns_of(valkey, DEAD) == list(range(100, 250))
+
+
+async def test_a_key_that_was_elsewhere_all_along_may_stay(valkey: Bus) -> None:
+    """As after the partitions were made more: a redrive is not the time to move it."""
+    await put(valkey, own(1) | why(), stream=OTHER)
+    result = await valkey.dead_letters("index").redrive(edit={"n": 2})
+    assert result.redriven == 1
+    assert await ns_of(valkey, f"{OTHER}:inbox:index") == [2]
+
+
+async def test_edited_letters_of_many_fields_go_whole(bus: Bus) -> None:
+    many = own(1) | {f"f{n}": "x" for n in range(1_500)}
+    packed = msgspec.msgpack.encode([str(w).encode() for p in many.items() for w in p])
+    await put(bus, {"deadfields": packed} | why())
+    entry = await mend(bus, {"n": 2})
+    assert json.loads(entry.pop(b"data"))["n"] == 2
+    assert len(entry) == len(many) - 1
+    async with Redis.from_url(bus.address) as client:
+        assert await client.xlen(DEAD) == 0
