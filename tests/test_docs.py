@@ -53,6 +53,31 @@ def test_the_first_steps_print_a_receipt_and_the_replay_finds_it_again(
     assert "OrderPaid(order_id='o-1', cents=1250)" in run(replay, valkey_url)
 
 
+def test_receipts_are_replayed_into_their_group(valkey_url: str, tmp_path: Path) -> None:
+    code = blocks(README)
+    hello = code["hello"].replace("cents=1250", "cents=cents")
+    hello = hello.replace(
+        "        await bus.publish",
+        "        for cents in (500, 2_000):\n            await bus.publish",
+    )
+    drained = "await worker.drained(timeout_s=10)\n"
+    assert drained in hello
+    hello = hello.replace(
+        drained, f"{drained}            await receipts_again(bus)\n            {drained}"
+    )
+    top, _, main = hello.partition("async def main")
+    again = code["again"].replace("receipts.checkpoint", str(tmp_path / "checkpoint"))
+    again = again.replace("2026-11-20T09:00:00Z", "@-1h")
+    script = tmp_path / "again.py"
+    script.write_text(top + again + "\n\nasync def main" + main, encoding="utf-8")
+    assert sorted(run(script, valkey_url).splitlines()) == [
+        "1 of 2",
+        "receipt for o-1: 20.00",
+        "receipt for o-1: 20.00",
+        "receipt for o-1: 5.00",
+    ]
+
+
 def test_the_batch_handler_adds_up_what_it_did_not_reject(valkey_url: str, tmp_path: Path) -> None:
     code = blocks(README)
     hello = code["hello"].replace("import Bus,", "import Bus, Delivery,")

@@ -17,6 +17,8 @@ from bus import (
     Event,
     RetryLater,
     Topic,
+    UnknownGroup,
+    UnknownTopic,
     Worker,
     event_handler,
 )
@@ -183,6 +185,50 @@ async def test_those_who_look_need_no_more(role: str, url_of, url) -> None:
         await bus.redis.xgroup_create("bus:{right:0}", "g", "0")
     async with Bus.connect(url_of(role)) as bus:
         if role == "history":
-            assert [e.event async for e in bus.history("right")] == [Used(n=1)]
+            for reverse in (False, True):
+                past = bus.history("right", reverse=reverse)
+                assert [e.event async for e in past] == [Used(n=1)]
+            with pytest.raises(UnknownTopic):
+                await anext(aiter(bus.history("rihgt")))
         else:
             assert (await bus.backlog("right")).of("g").undelivered == 1
+
+
+@pytest.mark.parametrize("to", ["group", "function", "bus"])
+async def test_those_who_replay_need_no_more(to: str, url_of, url, server, tmp_path) -> None:
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        await bus.publish(Used(n=1))
+        await bus.redis.xgroup_create("bus:{right:0}", "g", "0")
+    replayer = url_of("replay")
+    if to == "bus":
+        rights = [*commands("publisher"), *commands("effects")]
+        ask(server, "ACL", "SETUSER", "replay", *rights)
+    called: list[Event] = []
+    async with Bus.connect(replayer) as bus:
+        where = {"group": "g", "function": called.append, "bus": bus}[to]
+        done = await bus.replay("right", to=where, checkpoint=tmp_path / "checkpoint")
+        again = await bus.replay("right", to=where, checkpoint=tmp_path / "checkpoint")
+    assert (done.replayed, again.replayed, len(called)) == (1, 1, to == "function")
+    inbox = ask(server, "XLEN", "bus:{right:0}:inbox:g")
+    assert inbox == (b":1\r\n" if to == "group" else b":0\r\n")
+    if to == "group":
+        assert b"$1\r\ng\r\n" in ask(server, "XINFO", "GROUPS", "bus:{right:0}:inbox:g")
+
+
+async def test_those_who_see_to_dead_letters_need_no_more(url_of, url) -> None:
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        await bus.topics.record("right")
+        for n in range(3):
+            fields = {"id": f"e{n}", "type": "right.used", "data": f'{{"n":{n}}}'}
+            await bus.redis.xadd("bus:{right:0}:dead:g", fields)
+    async with Bus.connect(url_of("dead letters")) as bus:
+        letters = bus.dead_letters("g")
+        first, *_ = [letter async for letter in letters]
+        assert await letters.get(first.id) == first
+        assert (await letters.redrive(limit=1, edit={"n": 5})).redriven == 1
+        assert (await letters.redrive(limit=1)).redriven == 1
+        assert (await letters.purge()).purged == await letters.count() + 1 == 1
+        with pytest.raises(UnknownGroup):
+            await bus.dead_letters("h").count()
+        with pytest.raises(UnknownTopic):
+            await bus.dead_letters("g", "rihgt").count()
