@@ -24,6 +24,7 @@ from bus.errors import (
     EventTooLarge,
     InvalidEffect,
     InvalidEvent,
+    LetterGone,
     NoReplyYet,
     NotSupported,
     PermissionDenied,
@@ -47,12 +48,18 @@ from bus.errors import (
 )
 from bus.event import Event
 from bus.handler import Handler, Registry, event_handler
-from bus.history.inspector import Backlog
+from bus.history.backlog import Backlog
+from bus.history.dead_letters import DeadLetters, Purged
+from bus.history.letter import Letter
+from bus.history.redrive import Redriven
 from bus.history.replay import Progress, Replayed
+from bus.history.snapshot import Snapshot
+from bus.history.tail import Tail
 from bus.publisher import Receipt
 from bus.reply import Condition, Reply
 from bus.topic import Topic
 from bus.transaction import Transaction
+from bus.upcast import upcast
 from bus.worker.supervisor import Worker
 
 __all__ = [
@@ -67,6 +74,7 @@ __all__ = [
     "CheckpointError",
     "Condition",
     "DeadLettered",
+    "DeadLetters",
     "DeclarationError",
     "Delivery",
     "EffectNotAllowed",
@@ -80,6 +88,8 @@ __all__ = [
     "Handler",
     "InvalidEffect",
     "InvalidEvent",
+    "Letter",
+    "LetterGone",
     "NoReplyYet",
     "NotSupported",
     "PermissionDenied",
@@ -88,7 +98,9 @@ __all__ = [
     "PublishRefused",
     "PublishTimeout",
     "PublishUnknown",
+    "Purged",
     "Receipt",
+    "Redriven",
     "Registry",
     "Reject",
     "Replayed",
@@ -98,7 +110,9 @@ __all__ = [
     "ServerRefused",
     "ServerUnreachable",
     "ServerUnsuitable",
+    "Snapshot",
     "StreamFull",
+    "Tail",
     "Topic",
     "TopicMismatch",
     "Transaction",
@@ -109,4 +123,5 @@ __all__ = [
     "Worker",
     "WrongKeyType",
     "event_handler",
+    "upcast",
 ]

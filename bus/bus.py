@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import redis.asyncio
 
@@ -16,12 +16,17 @@ from bus.effects import Effects
 from bus.errors import DeclarationError, NotSupported
 from bus.event import Event
 from bus.handler import Handler
+from bus.history.backlog import Backlog, backlog
+from bus.history.dead_letters import Access, DeadLetters, Filters
 from bus.history.destinations import destination_of
 from bus.history.event_store import history
-from bus.history.inspector import Backlog, backlog
+from bus.history.hub import Hub
+from bus.history.inspector import Inspector
 from bus.history.position import Position
 from bus.history.replay import OnProgress, Replayed, Wanted, replay
 from bus.history.selection import Predicate, Selection, Types
+from bus.history.snapshot import Snapshot
+from bus.history.tail import After, Tail
 from bus.publisher import Publisher, Receipt
 from bus.streams.address import parse_url
 from bus.streams.codec import Headers
@@ -117,6 +122,8 @@ class Bus:
             self.telemetry,
             publish_timeout_s=self._settings["publish_timeout_s"],
         )
+        self._inspector = Inspector(self.store, self.topics)
+        self._hub = Hub(self.store, self.telemetry)
         self._redis: redis.asyncio.Redis | None = None
 
     def _after_fork(self) -> None:
@@ -126,7 +133,7 @@ class Bus:
         loop would unregister it there too, since both processes share the epoll descriptor.
         """
         self._abandoned.append(
-            (self.store, self.topics, self._publisher, self.committer, self._redis)
+            (self.store, self.topics, self._publisher, self.committer, self._hub, self._redis)
         )
         self._wire()
 
@@ -148,6 +155,7 @@ class Bus:
         forget_after_fork(self._after_fork)
         await asyncio.gather(self._publisher.close(), self._transactions.close())
         self.committer.close()
+        await self._hub.close()
         await self.store.close()
         if self._redis is not None:
             await self._redis.aclose()
@@ -261,15 +269,65 @@ class Bus:
             self.store, self.topics, topic, since, until, selection, limit=limit, reverse=reverse
         )
 
+    def tail(
+        self,
+        topics: str | Iterable[str],
+        after: After = None,
+        types: Types = None,
+        *,
+        key: str | None = None,
+        where: Predicate | None = None,
+    ) -> Tail:
+        """Follow topics: iterate over what is appended from `after` on, for ever. See `Tail`.
+
+        after: None or "end" for what is published once `await tail.ready()` has returned; an entry
+            id, in each stream after it, itself excluded; a time or "start" as of `history`, itself
+            included; or the `position` of another tail, a mapping of streams to such.
+        types, key, where: as of `history`. In the order of ids per partition; over partitions as
+        far as they were read together.
+        What was is read by XRANGE, 500 entries a page; what comes by one XREAD for all tails of
+        the bus that have caught up, on one connection.
+        Errors: DeclarationError; those of `Tail` when it is iterated over, UnknownTopic among them.
+        """
+        return Tail(self._hub, self.topics, topics, after, Selection(types, key, where))
+
     async def backlog(self, topic: str) -> Backlog:
         """Return how far behind the groups of `topic` are, and who holds its streams since when.
 
         `print(await bus.backlog("document"))` shows a line per group. Three round trips for up to
         64 partitions, about 100 entries per group and stream; where the server keeps no counter
         (Redis 6.2), up to 10,000 more are counted, 1,000 a round trip.
-        Errors: DeclarationError for a bad name; WrongKeyType; ServerError.
+        Errors: DeclarationError for a bad name; UnknownTopic; WrongKeyType; ServerError.
         """
         return await backlog(self.store, self.topics, topic)
+
+    async def inspect(self, topics: Iterable[str] | None = None) -> Snapshot:
+        """Return what everything looks like now: topics, streams, groups, consumers, lanes.
+
+        topics: only these; by default all that are recorded, or declared here.
+        Only reads. HGETALL, then two or three round trips for up to 64 streams; 3 to 8 commands a
+        group and stream, 5-10 us of server: cheap enough for once a second with 50 groups.
+        Errors: UnknownTopic; PermissionDenied if nothing may be looked at; ServerError.
+        """
+        return await self._inspector.snapshot(topics)
+
+    def dead_letters(
+        self, group: str, topic: str | None = None, **filters: Unpack[Filters]
+    ) -> DeadLetters:
+        """Return the dead letters of `group`, to be listed, shown, redriven, purged or exported.
+
+        topic: one of its topics, all of them by default. filters: types, error, reason, since,
+        until, ids, where, reverse: see `DeadLetters`. Nothing is read yet.
+        Errors: DeclarationError.
+        """
+        access = Access(
+            self.store,
+            self.topics,
+            self.telemetry,
+            self.address,
+            self._settings["max_event_bytes"],
+        )
+        return DeadLetters(access, group, topic, **filters)
 
     async def replay(
         self,

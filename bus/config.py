@@ -65,14 +65,21 @@ PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is abo
 # --- looking back
 FIRST_PAGE = 32  # entries: most who look want few, and how large they are is not known yet
 LOOK_PATIENCE_S = 5.0  # what only reads is asked again for so long: a connection may drop
+TAIL_ENTRIES = 2_000  # may lie unread before a tail, four full reads; then it reads by itself...
+TAIL_BYTES = 2 * 1024 * 1024  # ...the same bound for large events
 
 THROTTLE_S = 0.1  # a rate is kept in steps of this length: even, and not one by one
 INBOX_SHARE = (
     2  # replays fill an inbox to half of what may be moved there: the rest is for the live
 )
 REPLAY_MEMORY_S = 30 * 86_400  # a replay that was killed can be gone on with for so long
+REPLAY_OVER_S = 86_400  # ...and one that is over is remembered for so long
 REPLAY_PATIENCE_S = 60.0  # for a server that is away or refuses; then the checkpoint stands
 CHECKPOINT_S = 0.5  # how often it is written: cheap beside what a batch takes
+REDRIVE_PATIENCE_S = 60.0  # likewise; well below PRODUCER_MEMORY_S, so that a repeat is known
+REDRIVEN_PER_CALL = 100  # dead letters, or 1 MiB of them: 1-2.5 ms of server
+PURGED_PER_CALL = 500
+LETTERS_PER_LOOK = 50  # dead letters fetched by id at one time; they carry bodies and tracebacks
 PROGRESS_S = 0.2
 SAMPLE = 10  # envelopes that a dry run shows
 INBOX_WAIT_LEAST_S = 0.01  # between two looks for room in an inbox...

@@ -12,7 +12,7 @@ idle = time since the failure; the delivery count stays | due: taken by a worker
 | acked | in the stream only (in an inbox: nowhere) | trim, once no group needs it |
 | moved | the group's inbox, with `origentry`, `attempts` and `due`: it was parked, and held up a \
 stream that is nearly full | `XREADGROUP >`; parked there again until due |
-| dead-lettered | the group's dead-letter stream, with the reason | XDEL, by hand |
+| dead-lettered | the group's dead-letter stream, with the reason | redrive into its inbox; purge |
 | lost | a pending id whose entry was deleted by hand | acked, counted, told; never silent |
 | overrun | nowhere: `on_full="drop_oldest"` made room | acked, counted in `:overrun`, told |
 

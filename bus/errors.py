@@ -23,6 +23,7 @@ BusError
 │   ├── ServerRefused         it answers and takes no writes now: see `.code`
 │   └── WrongKeyType          a key that should be a stream holds something else
 ├── CheckpointError           a replay cannot go on from that file; the text says why
+├── LetterGone                there is no such dead letter (any more): redriven or purged
 ├── AlreadySettled            a batch handler settles one delivery twice, or after its call ended
 ├── BusClosed                 the bus was closed before; connect again
 ├── EffectsFailed             a transaction's command failed; see `.applied` for what stays
@@ -145,6 +146,10 @@ class WrongKeyType(ServerError):
 
 class CheckpointError(BusError):
     """The checkpoint of a replay is damaged, is of another replay, or is no longer known."""
+
+
+class LetterGone(BusError):
+    """The dead letter is not there, or no longer: it was redriven or purged meanwhile."""
 
 
 class AlreadySettled(BusError):

@@ -13,13 +13,14 @@ travels; they are no fields, so an event may have fields named `type` or `key`:
     topic     where it is kept, if not the first segment of its type
     encoding  "json" (default, readable with redis-cli) or "msgpack"
 
-Classes are known process-wide by (type, version). No I/O happens here.
+Classes are known process-wide by (type, version), and so are the steps that lead an older version
+up to the newest (bus/upcast.py). No I/O happens here.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, dataclass_transform
 
 import msgspec
 from msgspec import StructMeta, inspect
@@ -56,10 +57,19 @@ class EventInfo:
 
     @cached_property
     def decode(self) -> "Callable[[bytes], Event]":
-        """The strict decoder of the class; made late, when all annotations can be resolved."""
-        codec = msgspec.json if self.encoding == "json" else msgspec.msgpack
+        """The decoder for the class's own encoding."""
+        return self.decoder(self.encoding)
+
+    def decoder(self, encoding: Encoding) -> "Callable[[bytes], Event]":
+        """Make the strict decoder of the class; late, when all annotations can be resolved."""
+        codec = msgspec.json if encoding == "json" else msgspec.msgpack
         decode: Callable[[bytes], Event] = codec.Decoder(self.cls).decode
         return decode
+
+    @property
+    def read_as(self) -> str:
+        """What errors of reading call it; never a value of an event."""
+        return self.type
 
     @cached_property
     def may_hold_floats(self) -> bool:
@@ -70,7 +80,16 @@ class EventInfo:
         return f"<{self.type} v{self.version}>"
 
 
-_known: dict[tuple[str, int], EventInfo] = {}
+class Step(Protocol):
+    """One upcast: from a version of a type to the next. See bus/upcast.py."""
+
+    def reader(self, newest: EventInfo, steps: "Sequence[Step]") -> EventInfo:
+        """Return what reads entries of this step's version, through `steps`, as the newest."""
+
+
+_known: dict[tuple[str, int], EventInfo] = {}  # the classes
+_steps: dict[tuple[str, int], Step] = {}  # by the version they start from
+_readers: dict[tuple[str, int], EventInfo] = {}  # what reads entries: a class, or steps up to one
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
@@ -177,6 +196,7 @@ def _declare(
             f" {'.'.join(_place(other.cls))} and {'.'.join(_place(cls))}"
         )
     _known[type, version] = info
+    _connect(type)
     return info
 
 
@@ -196,13 +216,51 @@ def info_of(cls: type[Event]) -> EventInfo:
 
 
 def find(type: str, version: int) -> EventInfo:
-    """Return the class known for (type, version). Errors: UnknownEventType, which says what is."""
-    info = _known.get((type, version))
+    """Return what reads the entries of (type, version).
+
+    That is the newest class, if upcasts lead to it from that version without a gap, else the class
+    of exactly that version. Errors: UnknownEventType, which says what is known and what is missing.
+    """
+    info = _readers.get((type, version))
     if info is None:
         versions = sorted(v for t, v in _known if t == type)
         have = f"known versions: {versions}" if versions else "no version of it is known"
+        if versions and 0 < version < versions[-1]:
+            newest = _known[type, versions[-1]].cls.__qualname__
+            step = missing_steps(type, version)[0]
+            have += f"; to read it, write @upcast({newest}, from_version={step})"
         raise UnknownEventType(f"{type} version {version}: {have}")
     return info
+
+
+def step_from(type: str, version: int) -> Step | None:
+    """Return the step declared from that version to the next, if there is one."""
+    return _steps.get((type, version))
+
+
+def add_step(type: str, version: int, step: Step) -> None:
+    """Make a step known, from that version to the next, instead of any that was."""
+    _steps[type, version] = step
+    _connect(type)
+
+
+def missing_steps(type: str, version: int) -> list[int]:
+    """Return the versions, from `version` on, that no step leaves on the way to the newest."""
+    return [v for v in range(version, newest_version(type)) if (type, v) not in _steps]
+
+
+def _connect(type: str) -> None:
+    """Settle what reads each version of `type`, after a class or a step of it was declared."""
+    newest = newest_version(type)
+    for version in {v for t, v in (*_known, *_steps) if t == type}:
+        info = _known.get((type, version))
+        if version < newest and not missing_steps(type, version):
+            steps = [_steps[type, v] for v in range(version, newest)]
+            info = steps[0].reader(_known[type, newest], steps)
+        if info is None:
+            _readers.pop((type, version), None)
+        else:
+            _readers[type, version] = info
 
 
 def newest_version(type: str) -> int:

@@ -168,6 +168,28 @@ EVENTS: dict[str, Emitted] = {
         ("run", "topic", "to", "replayed", "unreadable", "duration_s"),
         "everything that was asked for is where it was to go",
     ),
+    "dead_letters.redriven": Emitted(
+        _I, ("run", "stream", "group", "count"), "back in the inbox of the handler that failed"
+    ),
+    "dead_letters.purged": Emitted(_I, ("stream", "group", "count"), "deleted, as was asked"),
+    "redrive.waits": Emitted(
+        _W,
+        ("run", "stream", "group", "count"),
+        "no room in the inbox for these; said once until a call finds room for all it brings",
+    ),
+    "redrive.retried": Emitted(
+        _W,
+        ("run", "stream", "group", "count", "error_type", "error"),
+        "a call is made again, unchanged; what is done is done once",
+    ),
+    "tail.failed": Emitted(
+        _W, ("error_type", "error"), "a read for tails failed; it is tried again from where it was"
+    ),
+    "tail.gap": Emitted(
+        _W,
+        ("stream", "after", "first"),
+        "entries after this id may have been trimmed before a tail had read them",
+    ),
     # workers, groups, streams
     "worker.started": Emitted(_I, ("worker", "server", "groups", "streams"), "reads from now on"),
     "worker.stopping": Emitted(_I, ("worker", "reason"), "reads no more, lets handlers finish"),

@@ -194,6 +194,42 @@ async def test_those_who_look_need_no_more(role: str, url_of, url) -> None:
             assert (await bus.backlog("right")).of("g").undelivered == 1
 
 
+async def test_those_who_inspect_need_no_more(url_of, server, url) -> None:
+    stream = "bus:{right:0}"
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        await bus.publish_many([Used(n=n) for n in range(9)])
+        await bus.redis.sadd(f"{stream}:workers", "w")
+        await bus.redis.set(f"{stream}:lease:w", "g")
+        await bus.redis.xadd("bus:{unrecorded:0}", {"n": 1})
+        for key in (f"{stream}:inbox:g", f"{stream}:dead:g"):
+            await bus.redis.xadd(key, {"n": 1})
+        await bus.redis.xgroup_create(stream, "g", ids(server)[4])  # has no counter anywhere
+        await bus.redis.xreadgroup("g", "w", {stream: ">"}, count=1)
+    async with Bus.connect(url_of("inspect")) as bus:
+        right, unrecorded = (await bus.inspect(["right", "unrecorded"])).topics
+        assert (right.streams[0].error, unrecorded.length) == (None, 1)
+        group = right.group("g")
+        assert (group.undelivered, group.running, group.inbox, group.dead) == (3, 1, 1, 1)
+        assert (group.served, group.newest_dead_age_s is None) == (True, False)
+
+
+async def test_those_who_follow_need_no_more(url_of, url, server) -> None:
+    async with Bus.connect(url, topics=[TOPIC]) as out, Bus.connect(url_of("tail")) as bus:
+        await out.publish(Used(n=1))
+        witness = Witness(bus)
+        past, live = bus.tail("right", after="start"), bus.tail("right", types=[Used])
+        await live.ready()
+        ask(server, "XTRIM", "bus:{right:0}", "MAXLEN", "0")
+        await out.publish_many([Used(n=2), Used(n=3)])
+        assert [(await anext(t)).event.n for t in (past, live, live)] == [2, 2, 3]
+        await eventually(lambda: live.gaps or witness.of("tail.gap"))
+        await out.publish(Used(n=4))
+        assert [(await anext(t)).event.n for t in (past, past, live)] == [3, 4, 4]
+        with pytest.raises(UnknownTopic):
+            await bus.tail("rihgt").ready()
+        assert witness.of("tail.failed") == []
+
+
 @pytest.mark.parametrize("to", ["group", "function", "bus"])
 async def test_those_who_replay_need_no_more(to: str, url_of, url, server, tmp_path) -> None:
     async with Bus.connect(url, topics=[TOPIC]) as bus:
@@ -221,7 +257,7 @@ async def test_those_who_see_to_dead_letters_need_no_more(url_of, url) -> None:
         for n in range(3):
             fields = {"id": f"e{n}", "type": "right.used", "data": f'{{"n":{n}}}'}
             await bus.redis.xadd("bus:{right:0}:dead:g", fields)
-    async with Bus.connect(url_of("dead letters")) as bus:
+    async with Bus.connect(url_of("dead-letters")) as bus:
         letters = bus.dead_letters("g")
         first, *_ = [letter async for letter in letters]
         assert await letters.get(first.id) == first

@@ -14,14 +14,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from bus.streams.inspection import LOOKED_AHEAD, GroupSeen, StreamSeen, count, look
+from bus.streams.inspection import LOOKED_AHEAD, RECENT_MS, GroupSeen, StreamSeen, count, look
 from bus.streams.lag import parsed, undelivered_of
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
 
 COUNTED_MOST = 10_000  # undelivered entries that are counted where the server keeps no counter
 STREAMS_AT_ONCE = 64  # streams looked at in one write; their replies are in memory together
-RECENT_MS = 600_000  # a stream that got nothing for so long is not filling up
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last that a datetime can say
 
 
@@ -179,7 +178,7 @@ async def of_stream(store: StreamStore, seen: StreamSeen, record: Record) -> Str
             pinned = length - await _spare(store, seen.stream, pin[1], length - record.keep)
         groups.append(
             GroupBacklog(
-                _name(group.group),
+                name_of(group.group),
                 undelivered,
                 at_least,
                 group.row["pending"],
@@ -197,9 +196,9 @@ async def of_stream(store: StreamStore, seen: StreamSeen, record: Record) -> Str
         record.keep,
         room,
         tuple(groups),
-        None if pin is None else _name(pin[0].group),
+        None if pin is None else name_of(pin[0].group),
         None if pin is None else _time(pin[1]),
-        None if pin is None else _full_in_s(room, rate),
+        None if pin is None else seconds_left(room, rate),
     )
 
 
@@ -228,14 +227,16 @@ def _age_s(group: GroupSeen, now_ms: int) -> float | None:
     return max(0, now_ms - parsed(group.ahead[0])[0]) / 1000 if group.ahead else None
 
 
-def _full_in_s(room: int, per_s: float) -> float | None:
+def seconds_left(room: int, per_s: float) -> float | None:
+    """Return how long `room` entries last at a rate; None for ever."""
     if room == 0:
         return 0.0
     return room / per_s if per_s else None
 
 
-def _name(group: bytes) -> str:
-    return group.decode(errors="replace")  # others may have given it any bytes
+def name_of(group: bytes) -> str:
+    """Return a group's name to be shown; others may have given it any bytes."""
+    return group.decode(errors="replace")
 
 
 def _time(entry_id: bytes) -> datetime:
@@ -250,10 +251,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def room_left(room: int, maxlen: int, full_in_s: float | None) -> str:
+    """Return how much fits and how long that lasts, as a person says it."""
+    text = f"room for {room:,} of {maxlen:,}"
+    if full_in_s is not None:
+        text += f", full in about {duration(full_in_s)}" if full_in_s else ", full"
+    return text
+
+
 def _pin(stream: StreamBacklog) -> str:
     since = "" if stream.pinned_since is None else f"{stream.pinned_since:%Y-%m-%d %H:%M:%S}Z"
-    text = f"{stream.stream} is pinned by {stream.pinned_by} since {since}"
-    text += f", room for {stream.room:,} of {stream.maxlen:,}"
-    if stream.full_in_s is not None:
-        text += f", full in about {duration(stream.full_in_s)}" if stream.full_in_s else ", full"
-    return text
+    left = room_left(stream.room, stream.maxlen, stream.full_in_s)
+    return f"{stream.stream} is pinned by {stream.pinned_by} since {since}, {left}"

@@ -1,304 +1,277 @@
-"""How far behind the groups of a topic are, who holds its streams, and how long that can go on.
+"""Takes snapshots of a bus: what the server says, judged.
 
-Undelivered entries, per group and stream, come from the first of these that applies:
-
-nothing is left        the group's last-delivered id is at or past the last entry: 0
-nothing was read       it lies before the first entry: the length of the stream
-up to 100 are left     they are looked at, one by one
-the server knows       entries-added - entries-read, called lag in XINFO GROUPS: exact
-else                   counted, up to 10,000; where more are left it is "at least 10,000"
-
-Which counters to believe was tried out on Redis 6.2 and 7.0 and on Valkey 9.1:
-
-case                                 6.2   7.0                         Valkey 9.1
-normal reading                       none  exact                       exact
-group made at `0`                    none  exact                       exact
-... at `$`, or in mid-stream         none  null until read to the end  null until read to the end
-... at the end, with ENTRIESREAD     none  exact                       exact
-trimmed or deleted behind it         none  exact                       exact
-deleted ahead of it                  none  null until read to the end  null until read to the end
-... the very next entries            none  null, then TOO HIGH         null until read to the end
-trimmed ahead of it                  none  TOO HIGH, for ever          too high until its next read
-after a restart with AOF             none  null until read to the end  exact
-
-An XDEL leaves a tombstone, the server sees it ahead and says null; a trim leaves none. Whoever
-takes away the very next entries of a group by hand (XTRIM, XDEL) makes 7.0 count what is gone as
-still to come, and it never notices. So a number that cannot be is not believed (0 or below, or not
-below the length though the first entry was delivered), and short backlogs are looked at. A backlog
-of more than 100 entries on 7.0 stays too high by what was taken away until somebody sets the group
-right: XGROUP SETID <stream> <group> <its last-delivered id> makes the server say null, and count
-afresh once the group has read to the end.
+Who lives is judged as the workers judge one another (`worker/reclaimer.py`, `worker/janitor.py`):
+by the lease; a consumer that is not listed with the workers keeps none, it is of another language,
+and is judged by when the server last heard of it.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import NamedTuple
 
 from bus.config import checked_name
-from bus.streams.inspection import LOOKED_AHEAD, GroupSeen, StreamSeen, count, look
+from bus.errors import DeclarationError, PermissionDenied
+from bus.history.backlog import STREAMS_AT_ONCE, appends_per_s, name_of, seconds_left
+from bus.history.snapshot import (
+    ConsumerSnapshot,
+    GroupSnapshot,
+    LaneSnapshot,
+    ServerFacts,
+    Snapshot,
+    StreamSnapshot,
+    TopicSnapshot,
+    summed,
+)
+from bus.streams.answers import Consumer
+from bus.streams.keys import lane_due_ms
+from bus.streams.lag import parsed
+from bus.streams.overview import GroupLook, StreamLook, overview, server_look
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
 
-COUNTED_MOST = 10_000  # undelivered entries that are counted where the server keeps no counter
-STREAMS_AT_ONCE = 64  # streams looked at in one write; their replies are in memory together
-RECENT_MS = 600_000  # a stream that got nothing for so long is not filling up
-_LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last that a datetime can say
-_Id = tuple[int, int]
+HEARD_OF_MS = 60_000  # as `worker/janitor.py` has it: far above the usual BLOCK of a reader
+RATED_MS = 5_000  # what comes in so long tells how fast a stream grows...
+RATED_LEAST_MS = 1_000  # ...and what comes in less than this does not
+REMEMBERED_MS = 600_000  # what a counter was longer ago says little about now
 
 
-@dataclass(frozen=True, slots=True)
-class GroupBacklog:
-    """What one group still has to do.
+class Inspector:
+    """Takes snapshots, and remembers what counters were, to see how fast streams grow.
 
-    undelivered: entries it has not been given; at_least: there are more than that.
-    pending: given to it and neither finished nor dead-lettered, parked ones included.
-    inbox: entries that wait for it alone, redriven, replayed or moved there.
-    oldest_undelivered_age_s: age of the oldest entry it has not been given, in seconds by the
-        server's clock; None when there is none. Always exact.
-    share: of the room between keep and maxlen, how much it pins, 0 to 1 (more in the reserve).
-        Exact for the group that holds the floor while that is within 10,000 entries of the front;
-        for others what they have undelivered and pending, at least.
+    Belongs to one bus. Several snapshots may be under way at one time.
     """
 
-    group: str
-    undelivered: int
-    at_least: bool
-    pending: int
-    inbox: int
-    oldest_undelivered_age_s: float | None
-    share: float
+    def __init__(self, store: StreamStore, topics: TopicTable) -> None:
+        self._store = store
+        self._topics = topics
+        self._growth = Growth()
 
-    @property
-    def total(self) -> int:
-        """Everything it has to do: undelivered, pending and inbox."""
-        return self.undelivered + self.pending + self.inbox
+    async def snapshot(self, names: Iterable[str] | None = None) -> Snapshot:
+        """Return what all topics look like, or those in `names`. See `Bus.inspect`."""
+        records, (now_ms, facts) = await asyncio.gather(
+            self._records(names), server_look(self._store)
+        )
+        streams = [s for n, r in records.items() for s in self._topics.streams(n, r.partitions)]
+        counted = self._growth.known(now_ms)
+        looks: list[StreamLook] = []
+        for at in range(0, len(streams), STREAMS_AT_ONCE):
+            part = streams[at : at + STREAMS_AT_ONCE]
+            looks += await overview(self._store, part, now_ms, counted)
+        _refuse_if_all_is_hidden(looks)
+        each = iter(looks)
+        topics = [
+            self._topic(name, record, [next(each) for _ in range(record.partitions)], now_ms)
+            for name, record in records.items()
+        ]
+        time = datetime.fromtimestamp(now_ms / 1000, UTC)
+        return Snapshot(time, _facts(facts) if facts else None, tuple(topics))
 
-    def __str__(self) -> str:
-        parts = []
-        if self.pending:
-            parts.append(f"{self.pending:,} pending")
-        if self.undelivered:
-            parts.append(f"{'at least ' * self.at_least}{self.undelivered:,} undelivered")
-        if self.inbox:
-            parts.append(f"{self.inbox:,} in its inbox")
-        if self.oldest_undelivered_age_s is not None:
-            parts.append(f"oldest {_duration(self.oldest_undelivered_age_s)}")
-        return ", ".join(parts) or "nothing to do"
+    async def _records(self, names: Iterable[str] | None) -> dict[str, Record]:
+        if isinstance(names, str):
+            raise DeclarationError("topics is a list of names, not a string")
+        if names is None:
+            return await self._topics.known()
+        wanted = sorted({checked_name(name, "topic name") for name in names})
+        known = await self._topics.known()
+        return {name: known.get(name) or await self._topics.existing(name) for name in wanted}
 
-
-@dataclass(frozen=True, slots=True)
-class StreamBacklog:
-    """What one stream holds, and who holds it.
-
-    length, maxlen, keep, room: entries; room is what still fits below maxlen, 0 when full.
-    pinned_by: the group that needs the oldest entry of those that any group needs: no trim goes
-        past that. None when every group is done with everything.
-    pinned_since: when that entry was appended, UTC.
-    full_in_s: an estimate, in seconds, of when publishers will feel it: the room divided by how
-        fast the newest 100 entries came, as if nothing were freed until then. 0 when it is full,
-        None when nobody pins it or nothing was published in the last 10 minutes.
-    """
-
-    stream: str
-    length: int
-    maxlen: int
-    keep: int
-    room: int
-    groups: tuple[GroupBacklog, ...]
-    pinned_by: str | None
-    pinned_since: datetime | None
-    full_in_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Backlog:
-    """The backlog of a topic, stream by stream. `print(backlog)` shows a line per group."""
-
-    topic: str
-    streams: tuple[StreamBacklog, ...]
-
-    @property
-    def length(self) -> int:
-        """The entries of all streams, handled or not."""
-        return sum(s.length for s in self.streams)
-
-    @property
-    def groups(self) -> tuple[GroupBacklog, ...]:
-        """Every group, summed over the streams, by name."""
-        return tuple(self.of(n) for n in sorted({g.group for s in self.streams for g in s.groups}))
-
-    def of(self, group: str) -> GroupBacklog:
-        """Return one group's backlog over all streams.
-
-        Numbers are sums, "at least" if one of them is; age and share are the largest.
-        Errors: KeyError when no stream has such a group.
-        """
-        parts = [g for s in self.streams for g in s.groups if g.group == group]
-        if not parts:
-            raise KeyError(group)
-        ages = [p.oldest_undelivered_age_s for p in parts if p.oldest_undelivered_age_s is not None]
-        return GroupBacklog(
-            group,
-            sum(p.undelivered for p in parts),
-            any(p.at_least for p in parts),
-            sum(p.pending for p in parts),
-            sum(p.inbox for p in parts),
-            max(ages, default=None),
-            max(p.share for p in parts),
+    def _topic(
+        self, name: str, record: Record, looks: Sequence[StreamLook], now_ms: int
+    ) -> TopicSnapshot:
+        streams = tuple(
+            self._stream(partition, record, look, now_ms) for partition, look in enumerate(looks)
+        )
+        by_name: dict[str, list[GroupSnapshot]] = {}
+        for stream in streams:
+            for group in stream.groups:
+                by_name.setdefault(group.group, []).append(group)
+        return TopicSnapshot(
+            name,
+            record.partitions,
+            record.maxlen,
+            record.keep,
+            record.on_full,
+            record.retention_s,
+            record.implicit,
+            streams,
+            tuple(summed(by_name[group]) for group in sorted(by_name)),
         )
 
-    def __str__(self) -> str:
-        streams = "1 stream" if len(self.streams) == 1 else f"{len(self.streams)} streams"
-        entries = "1 entry" if self.length == 1 else f"{self.length:,} entries"
-        lines = [f"{self.topic}: {entries} in {streams}"]
-        width = max((len(g.group) for g in self.groups), default=0)
-        lines += [f"  {g.group:{width}}  {g}" for g in self.groups]
-        lines += [f"  {_pin(s)}" for s in self.streams if s.pinned_by is not None]
-        return "\n".join(lines)
-
-
-async def backlog(store: StreamStore, topics: TopicTable, topic: str) -> Backlog:
-    """Return the backlog of `topic`. See `Bus.backlog`."""
-    record = await topics.recorded(checked_name(topic, "topic name"))
-    streams = topics.streams(topic, record.partitions)
-    found: list[StreamBacklog] = []
-    for at in range(0, len(streams), STREAMS_AT_ONCE):
-        for seen in await look(store, streams[at : at + STREAMS_AT_ONCE]):
-            found.append(await of_stream(store, seen, record))  # noqa: PERF401 - it may count
-    return Backlog(topic, tuple(found))
-
-
-def undelivered_of(row: dict[str, Any], info: dict[str, Any]) -> int | None:
-    """Return how many entries a group was not given yet, None if the server does not know.
-
-    row, info: of XINFO GROUPS and XINFO STREAM, the former asked for first.
-    """
-    if not info["first-entry"]:
-        return 0
-    delivered = _id(row["last-delivered-id"])
-    if delivered >= _id(info["last-entry"][0]):
-        return 0
-    if delivered < _id(info["first-entry"][0]):
-        return int(info["length"])
-    lag = row.get("lag")
-    # The first entry was delivered, so fewer than all are left; see the head of this file.
-    if lag is None or not 0 < lag < info["length"]:
-        return None
-    return None if _id(info["max-deleted-entry-id"]) > delivered else int(lag)
-
-
-def appends_per_s(newest: Sequence[bytes], now_ms: int) -> float:
-    """Return how fast a stream grows, from its newest ids, the newest first.
-
-    Entries after the oldest of them, over the time since then: it decays while nothing comes.
-    """
-    if not newest or now_ms - _id(newest[0])[0] > RECENT_MS:
-        return 0.0
-    return (len(newest) - 1) * 1000 / max(1, now_ms - _id(newest[-1])[0])
-
-
-def pinning(groups: Iterable[GroupSeen]) -> tuple[GroupSeen, bytes] | None:
-    """Return the group that needs the oldest entry, and that entry's id; None if none is needed."""
-    needs = []
-    for group in groups:
-        ids = group.ahead[:1] + ([group.oldest_pending] if group.oldest_pending else [])
-        if ids:
-            needs.append((group, min(ids, key=_id)))
-    return min(needs, key=lambda need: _id(need[1]), default=None)
-
-
-async def of_stream(store: StreamStore, seen: StreamSeen, record: Record) -> StreamBacklog:
-    """Judge what was seen of one stream; asks the server only where something must be counted."""
-    length = seen.info.get("length", 0)
-    pin = pinning(seen.groups)
-    groups = []
-    for group in seen.groups:
-        undelivered, at_least = await _undelivered(store, seen, group)
-        pinned = undelivered + group.row["pending"]
-        if pin and pin[0] is group:
-            pinned = length - await _spare(store, seen.stream, pin[1], length - record.keep)
-        groups.append(
-            GroupBacklog(
-                _name(group.group),
-                undelivered,
-                at_least,
-                group.row["pending"],
-                group.inbox,
-                _age_s(group, seen.now_ms),
-                max(0, min(pinned, length) - record.keep) / (record.maxlen - record.keep),
-            )
+    def _stream(
+        self, partition: int, record: Record, look: StreamLook, now_ms: int
+    ) -> StreamSnapshot:
+        length = look.info.get("length", 0)
+        first, last = _end(look, "first-entry"), _end(look, "last-entry")
+        room = max(0, record.maxlen - length)
+        added = look.info.get("entries-added")
+        per_s = self._growth.per_s(look.stream, now_ms, added, look.newest)
+        groups = tuple(group_of(look, group, now_ms) for group in look.groups)
+        pin = pinning(look.groups)
+        return StreamSnapshot(
+            look.stream,
+            partition,
+            length,
+            record.maxlen,
+            record.keep,
+            room,
+            None if first is None else first.decode(),
+            None if last is None else last.decode(),
+            _age_s(first, now_ms),
+            _age_s(last, now_ms),
+            per_s,
+            None if pin is None else name_of(pin[0]),
+            None if pin is None else _age_s(pin[1], now_ms),
+            None if pin is None else seconds_left(room, per_s),
+            len(look.leases),
+            sum(g.dead for g in groups),
+            None if look.trouble is None else str(look.trouble),
+            groups,
         )
-    room = max(0, record.maxlen - length)
-    rate = appends_per_s(seen.newest, seen.now_ms)
-    return StreamBacklog(
-        seen.stream,
-        length,
-        record.maxlen,
-        record.keep,
-        room,
-        tuple(groups),
-        None if pin is None else _name(pin[0].group),
-        None if pin is None else _time(pin[1]),
-        None if pin is None else _full_in_s(room, rate),
+
+
+def group_of(look: StreamLook, group: GroupLook, now_ms: int) -> GroupSnapshot:
+    """Judge what was seen of one group."""
+    lanes: dict[int, int] = {}
+    workers: dict[bytes, Consumer] = {}
+    for consumer in (*group.consumers, *group.inbox_consumers):
+        name, pending, idle_ms = consumer
+        due_ms = lane_due_ms(name)
+        if due_ms is not None:
+            lanes[due_ms] = lanes.get(due_ms, 0) + pending
+        elif (other := workers.get(name)) is None:
+            workers[name] = consumer
+        else:  # it has read stream and inbox
+            idle_ms = min(idle_ms, other.idle_ms)
+            workers[name] = Consumer(name, pending + other.pending, idle_ms)
+    alive = {n for n, c in workers.items() if _lives(look, c)}
+    return GroupSnapshot(
+        name_of(group.group),
+        group.undelivered,
+        group.at_least,
+        sum(c.pending for c in group.consumers) if group.consumers else group.row["pending"],
+        group.inbox,
+        sum(c.pending for c in group.inbox_consumers),
+        sum(c.pending for n, c in workers.items() if n in alive),
+        sum(lanes.values()),
+        sum(pending for due_ms, pending in lanes.items() if due_ms <= now_ms),
+        sum(c.pending for n, c in workers.items() if n not in alive),
+        group.dead,
+        _age_s(group.oldest_undelivered, now_ms),
+        _age_s(group.oldest_pending, now_ms),
+        _age_s(group.oldest_dead, now_ms),
+        _age_s(group.newest_dead, now_ms),
+        _is_served(look, group, alive),
+        tuple(
+            ConsumerSnapshot(name_of(n), n in alive, c.pending, c.idle_ms / 1000)
+            for n, c in sorted(workers.items())
+        ),
+        tuple(
+            LaneSnapshot(max(0, due_ms - now_ms) / 1000, pending)
+            for due_ms, pending in sorted(lanes.items())
+            if pending
+        ),
     )
 
 
-async def _undelivered(store: StreamStore, seen: StreamSeen, group: GroupSeen) -> tuple[int, bool]:
-    """Return how many, and whether there are more."""
-    ahead = len(group.ahead)
-    if ahead <= LOOKED_AHEAD:
-        return ahead, False
-    known = undelivered_of(group.row, seen.info)
-    if known is not None:
-        return max(known, ahead), False  # some may have come between the two looks
-    beyond = "(" + group.ahead[-1].decode()
-    counted = ahead + await count(store, seen.stream, beyond, "+", COUNTED_MOST + 1 - ahead)
-    return min(counted, COUNTED_MOST), counted > COUNTED_MOST
+def _lives(look: StreamLook, consumer: Consumer) -> bool:
+    if consumer.name in look.listed:
+        return consumer.name in look.leases
+    return consumer.idle_ms < HEARD_OF_MS
 
 
-async def _spare(store: StreamStore, stream: str, floor: bytes, most: int) -> int:
-    """Return the entries before `floor`, up to `most`: more than that are kept in any case.
+def _is_served(look: StreamLook, group: GroupLook, alive: set[bytes]) -> bool:
+    said = any(group.group in groups for groups in look.leases.values())
+    return said or bool(alive - look.listed)
 
-    A stream above `keep` is trimmed to its floor, so there is little to count.
+
+def pinning(groups: Iterable[GroupLook]) -> tuple[bytes, bytes] | None:
+    """Return the group that needs the oldest entry, and that entry's id; None if none is needed."""
+    needs = [
+        (parsed(entry_id), group.group, entry_id)
+        for group in groups
+        for entry_id in (group.oldest_undelivered, group.oldest_pending)
+        if entry_id is not None
+    ]
+    return min(needs)[1:] if needs else None
+
+
+class _Count(NamedTuple):
+    """What a counter of appends said at a server time."""
+
+    ms: int
+    added: int
+
+
+class _Past(NamedTuple):
+    """Two looks at a counter, RATED_MS apart or more, and the rate that was found last."""
+
+    older: _Count
+    newer: _Count
+    per_s: float
+
+
+class Growth:
+    """How fast streams grow: by their counters, as they were 5 to 10 s ago and are now.
+
+    Who looks less often sees what came since the look before. For a first look, and on a server
+    without counters (Redis 6.2), the newest entries tell.
     """
-    return await count(store, stream, "-", "(" + floor.decode(), min(most, COUNTED_MOST))
+
+    def __init__(self) -> None:
+        self._past: dict[str, _Past] = {}
+
+    def known(self, now_ms: int) -> frozenset[str]:
+        """Return the streams whose counters are remembered; forgets what is too old."""
+        self._past = {
+            stream: past
+            for stream, past in self._past.items()
+            if 0 <= now_ms - past.newer.ms <= REMEMBERED_MS
+        }
+        return frozenset(self._past)
+
+    def per_s(self, stream: str, now_ms: int, added: int | None, newest: Sequence[bytes]) -> float:
+        """Return the rate in entries a second, and remember what the counter says now."""
+        if added is None:
+            return appends_per_s(newest, now_ms)
+        now, past = _Count(now_ms, added), self._past.get(stream)
+        if past is not None and now_ms < past.newer.ms:  # of a snapshot that took longer
+            return past.per_s
+        if past is None or added < past.newer.added:  # it is new to us, or was made anew
+            past = _Past(now, now, appends_per_s(newest, now_ms))
+        is_long_ago = now_ms - past.newer.ms >= RATED_MS
+        since = past.newer if is_long_ago else past.older
+        per_s = past.per_s
+        if now_ms - since.ms >= RATED_LEAST_MS:
+            per_s = (added - since.added) * 1000 / (now_ms - since.ms)
+        older, newer = (past.newer, now) if is_long_ago else (past.older, past.newer)
+        self._past[stream] = _Past(older, newer, per_s)
+        return per_s
 
 
-def _age_s(group: GroupSeen, now_ms: int) -> float | None:
-    return max(0, now_ms - _id(group.ahead[0])[0]) / 1000 if group.ahead else None
+def _refuse_if_all_is_hidden(looks: Sequence[StreamLook]) -> None:
+    """Raise what is wrong with the first, if the user may look at nothing at all."""
+    hidden = [look.trouble for look in looks if look.hidden]
+    refused = [trouble for trouble in hidden if isinstance(trouble, PermissionDenied)]
+    if refused and len(refused) == len(looks):
+        raise refused[0]
 
 
-def _full_in_s(room: int, per_s: float) -> float | None:
-    if room == 0:
-        return 0.0
-    return room / per_s if per_s else None
+def _facts(facts: Mapping[str, str]) -> ServerFacts:
+    kind = "valkey" if "valkey_version" in facts else "redis"
+    return ServerFacts(
+        kind,
+        facts.get(f"{kind}_version", ""),
+        int(facts.get("uptime_in_seconds", 0)),
+        int(facts.get("used_memory", 0)),
+        int(facts.get("maxmemory", 0)) or None,
+    )
 
 
-def _id(entry_id: bytes) -> _Id:
-    ms, _, sequence = entry_id.partition(b"-")
-    return int(ms), int(sequence)
+def _end(look: StreamLook, which: str) -> bytes | None:
+    entry = look.info.get(which)
+    return bytes(entry[0]) if entry else None
 
 
-def _name(group: bytes) -> str:
-    return group.decode(errors="replace")  # others may have given it any bytes
-
-
-def _time(entry_id: bytes) -> datetime:
-    return datetime.fromtimestamp(min(_id(entry_id)[0], _LATEST_MS) / 1000, UTC)
-
-
-def _duration(seconds: float) -> str:
-    for unit, length_s in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length_s:
-            return f"{seconds / length_s:,.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def _pin(stream: StreamBacklog) -> str:
-    since = "" if stream.pinned_since is None else f"{stream.pinned_since:%Y-%m-%d %H:%M:%S}Z"
-    text = f"{stream.stream} is pinned by {stream.pinned_by} since {since}"
-    text += f", room for {stream.room:,} of {stream.maxlen:,}"
-    if stream.full_in_s is not None:
-        text += f", full in about {_duration(stream.full_in_s)}" if stream.full_in_s else ", full"
-    return text
+def _age_s(entry_id: bytes | None, now_ms: int) -> float | None:
+    return None if entry_id is None else max(0, now_ms - parsed(entry_id)[0]) / 1000

@@ -8,9 +8,12 @@ of an entry's id, so counted from when it was appended.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
-from bus.history.backlog import duration
+from bus.history.backlog import duration, room_left
 from bus.topic import OnFull
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +168,6 @@ class TopicSnapshot:
         """Return one group, summed over the streams. Errors: KeyError when there is none."""
         return _named(name, ((g.group, g) for g in self.groups))
 
-    def stream(self, partition: int) -> StreamSnapshot:
-        """Return one partition. Errors: IndexError when there is none."""
-        return self.streams[partition]
-
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
@@ -220,7 +219,8 @@ def summed(parts: Sequence[GroupSnapshot]) -> GroupSnapshot:
         for lane in part.lanes:
             lanes[lane.due_in_s] = lanes.get(lane.due_in_s, 0) + lane.pending
         for one in part.consumers:
-            consumers[one.name] = _joined(one, consumers.get(one.name, one))
+            other = consumers.get(one.name)
+            consumers[one.name] = one if other is None else _joined(one, other)
     newest = [p.newest_dead_age_s for p in parts if p.newest_dead_age_s is not None]
     return GroupSnapshot(
         parts[0].group,
@@ -245,9 +245,7 @@ def summed(parts: Sequence[GroupSnapshot]) -> GroupSnapshot:
 
 
 def _joined(one: ConsumerSnapshot, other: ConsumerSnapshot) -> ConsumerSnapshot:
-    """Return one consumer that several streams know."""
-    if one is other:
-        return one
+    """Return one consumer that two streams know."""
     return ConsumerSnapshot(
         one.name,
         one.alive or other.alive,
@@ -258,3 +256,94 @@ def _joined(one: ConsumerSnapshot, other: ConsumerSnapshot) -> ConsumerSnapshot:
 
 def _largest(ages_s: Iterable[float | None]) -> float | None:
     return max((age for age in ages_s if age is not None), default=None)
+
+
+def _named(name: str, pairs: Iterable[tuple[str, _T]]) -> _T:
+    for other, value in pairs:
+        if other == name:
+            return value
+    raise KeyError(name)
+
+
+# --- to be read by people
+
+_PINNED_S = 60.0  # who pins a stream for less is at work
+_COLUMNS = (
+    "group",
+    "undelivered",
+    "running",
+    "parked",
+    "due",
+    "orphaned",
+    "inbox",
+    "dead",
+    "oldest",
+    "",
+)
+
+
+def _server(facts: ServerFacts | None) -> str:
+    if facts is None:
+        return ""
+    limit = facts.memory_limit_bytes
+    of = "" if limit is None else f" of {limit / 1e6:,.0f}"
+    return f"  {facts.kind} {facts.version}, {facts.memory_bytes / 1e6:,.0f}{of} MB"
+
+
+def _headline(topic: TopicSnapshot) -> str:
+    streams = "1 stream" if len(topic.streams) == 1 else f"{len(topic.streams)} streams"
+    entries = "1 entry" if topic.length == 1 else f"{topic.length:,} entries"
+    workers = max((s.workers for s in topic.streams), default=0)
+    served = "1 worker" if workers == 1 else f"{workers} workers"
+    return f"{topic.name}: {entries} in {streams}, {topic.appends_per_s:,.1f} a second, {served}"
+
+
+def _table(groups: Sequence[GroupSnapshot]) -> list[str]:
+    """Return the groups, a line each, below a line that names the columns."""
+    if not groups:
+        return []
+    rows = [_COLUMNS, *(_row(g) for g in groups)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        (
+            "  "
+            + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:-1], widths[1:-1])])
+            + f"  {row[-1]}"
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _row(group: GroupSnapshot) -> tuple[str, ...]:
+    oldest = group.oldest_age_s
+    return (
+        _printable(group.group),
+        f"{'>' * group.at_least}{group.undelivered:,}",
+        f"{group.running:,}",
+        f"{group.parked:,}",
+        f"{group.due:,}",
+        f"{group.orphaned:,}",
+        f"{group.inbox:,}",
+        f"{group.dead:,}",
+        "-" if oldest is None else duration(oldest),
+        "" if group.served else "not served",
+    )
+
+
+def _remarks(stream: StreamSnapshot) -> list[str]:
+    """Return what deserves attention."""
+    lines = []
+    if stream.error is not None:
+        lines.append(f"{stream.stream}: {_printable(stream.error)}")
+    if stream.pinned_by is not None and (stream.pinned_age_s or 0) >= _PINNED_S:
+        since = f"for {duration(stream.pinned_age_s or 0)}"
+        left = room_left(stream.room, stream.maxlen, stream.full_in_s)
+        lines.append(f"{stream.stream} is pinned by {_printable(stream.pinned_by)} {since}, {left}")
+    elif stream.room == 0:
+        lines.append(f"{stream.stream} is full")
+    return lines
+
+
+def _printable(name: str) -> str:
+    """Return a name that others gave without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "�" for c in name)

@@ -79,6 +79,15 @@ class Copied(NamedTuple):
     total: int
 
 
+class Returned(IntEnum):
+    """What became of a dead letter that was to go back: unfit has too many fields for a script."""
+
+    GONE = 0
+    YES = 1
+    FULL = 2
+    UNFIT = 3
+
+
 class Fate(IntEnum):
     """What became of effects.
 

@@ -176,10 +176,12 @@ def decode(info: EventInfo, located: Located) -> Event:
         if content_type == _content_type(info):
             return info.decode(data)
         return _other_decoder(info, content_type)(data)
+    except Undecodable as error:
+        raise Undecodable(f"{info.read_as}: {error}") from None
     except Exception as error:  # UnicodeDecodeError and RecursionError are not msgspec errors
         # From None: the traceback of a chained error would show its text all the same.
         raise Undecodable(
-            f"{info.type}: {type(error).__name__}: {_without_values(error)}"
+            f"{info.read_as}: {type(error).__name__}: {_without_values(error)}"
         ) from None
 
 
@@ -191,9 +193,9 @@ def _content_type(info: EventInfo) -> bytes:
 def _other_decoder(info: EventInfo, content_type: bytes) -> Callable[[bytes], Event]:
     """Decoder for entries written before the class changed its encoding."""
     if content_type == MSGPACK.encode():
-        return msgspec.msgpack.Decoder(info.cls).decode
+        return info.decoder("msgpack")
     if content_type == JSON.encode():
-        return msgspec.json.Decoder(info.cls).decode
+        return info.decoder("json")
     raise Undecodable("datacontenttype is neither JSON nor msgpack")
 
 
@@ -210,7 +212,7 @@ class Moved(NamedTuple):
 
 
 _INBOX_FIELDS = frozenset([b"origentry", b"attempts", b"due", b"run"])
-_ENTRY_ID = re.compile(rb"\d{1,15}(-\d{1,20})?")
+ENTRY_ID = re.compile(rb"\d{1,15}(-\d{1,20})?")
 
 
 def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
@@ -225,7 +227,7 @@ def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
         return int(digits) if digits.isdigit() and len(digits) < 16 else 0  # noqa: PLR2004 - of ms
 
     origin = found.get(b"origentry", entry_id)
-    if not _ENTRY_ID.fullmatch(origin):
+    if not ENTRY_ID.fullmatch(origin):
         origin = entry_id
     return Moved(origin, number(b"attempts"), number(b"due"))
 

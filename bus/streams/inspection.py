@@ -4,7 +4,7 @@ They go over the connection of the history, so that bodies, which come along wit
 up neither verdicts nor publishes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bus.streams import keys
@@ -14,6 +14,7 @@ from bus.streams.stream import StreamStore
 
 LOOKED_AHEAD = 100  # undelivered entries per group that are looked at, whatever a counter says
 NEWEST = 100  # newest entries whose ids tell how fast a stream grows
+RECENT_MS = 600_000  # a stream that got nothing for so long is not growing
 GHOSTS = 10  # pending ids without entry that are passed over when looking for the oldest with one
 PAGE = 1_000  # entries a counting XRANGE returns at most, so that memory stays flat
 
@@ -63,7 +64,7 @@ async def look(store: StreamStore, streams: Sequence[str]) -> list[StreamSeen]:
             commands.append(("XRANGE", stream, after, "+", "COUNT", LOOKED_AHEAD + 1))
             # What was trimmed away is no longer pending for the purpose: begin at the first entry.
             commands.append(("XPENDING", stream, row["name"], first, "+", GHOSTS))
-            commands.append(("XLEN", _inbox(stream, row["name"])))
+            commands.append(("XLEN", beside(stream, keys.inbox, row["name"])))
     replies = iter(await store.archive.look(commands))
     seconds, micros = _sound(next(replies), "TIME")
     now_ms = int(seconds) * 1000 + int(micros) // 1000
@@ -72,7 +73,7 @@ async def look(store: StreamStore, streams: Sequence[str]) -> list[StreamSeen]:
         newest, groups = _ids(next(replies), stream), []
         for row in rows:
             ahead, waiting = _ids(next(replies), stream), _ids(next(replies), stream)
-            inbox = int(_sound(next(replies), _shown(_inbox(stream, row["name"]))))
+            inbox = int(_sound(next(replies), shown(beside(stream, keys.inbox, row["name"]))))
             groups.append(GroupSeen(row["name"], row, ahead, None, inbox))
             pending.append((stream, waiting))
         seen.append(StreamSeen(stream, now_ms, info, newest, groups))
@@ -143,11 +144,11 @@ def _sound(reply: Reply, key: str) -> Reply:
     return reply
 
 
-def _inbox(stream: str, group: bytes) -> bytes:
-    """Return the key of a group's inbox; the group may have been named by others, in any bytes."""
-    name = group.decode("utf-8", "surrogateescape")
-    return keys.inbox(stream, name).encode("utf-8", "surrogateescape")
+def beside(stream: str, make: Callable[[str, str], str], group: bytes) -> bytes:
+    """Return a key that `make` builds for a group, which others may have named, in any bytes."""
+    return keys.wire(make(stream, keys.text(group)))
 
 
-def _shown(name: bytes) -> str:
-    return name.decode(errors="replace")
+def shown(key: Arg) -> str:
+    """Return a key, or a name in it, fit for an error."""
+    return key.decode(errors="replace") if isinstance(key, bytes) else str(key)

@@ -14,6 +14,7 @@
                                         string, expires: an event was handled, or which entry of
                                         it may be; run: of a replay or redrive, else empty
     bus:{document:0}:replay:<run>       string, expires: how far a replay of it has come
+    bus:{document:0}:redrive:<run>      string, expires: the last call of a redrive, and its answer
     bus:tx:<publisher>:<n>              string, expires: its last transaction but those under way;
                                         on a Cluster `bus:{<tag>}:tx:...`, beside what it touches
 
@@ -123,6 +124,11 @@ def producer(stream_key: str, publisher: str) -> str:
 def replay(stream_key: str, run: str) -> str:
     """Return the key under which the server remembers how far a replay of one stream has come."""
     return f"{home(stream_key)}:replay:{run}"
+
+
+def redrive(stream_key: str, run: str) -> str:
+    """Return the key under which the server remembers the last call of a redrive."""
+    return f"{home(stream_key)}:redrive:{run}"
 
 
 def transaction(publisher: str, ticket: int, tag: str | None) -> str:

@@ -38,10 +38,10 @@ def opened(fields: list[bytes]) -> Opened:
     own = fields[:end]
     if len(own) == 2 and own[0] == _PACKED:  # noqa: PLR2004 - a name and its value
         try:
-            return Opened(_unpacked(own[1]), True, why)
+            return Opened(_unpacked(own[1]), packed=True, why=why)
         except Undecodable:
             pass  # somebody's field has that name
-    return Opened(own, False, why)
+    return Opened(own, packed=False, why=why)
 
 
 # How msgpack begins a text or bytes: the length follows, in so many bytes. Python writes bytes, Lua

@@ -1,43 +1,42 @@
-"""Everything about many streams and their groups, as cheap as it can be had: the look of snapshots.
+"""Everything about many streams and their groups, as cheap as it can be had: for snapshots.
 
 Three rounds of questions; each is asked once, however many want its answer, and a round without
 questions is left out:
 
-1  TIME; per stream XINFO GROUPS and STREAM, and SMEMBERS of its workers
+1  per stream XINFO GROUPS and STREAM, and SMEMBERS of its workers
 2  GET per lease; XLEN of inbox and dead letters per group, XINFO CONSUMERS of those that have
    any, XPENDING of one where something is pending, XRANGE of one where something is undelivered;
    XREVRANGE of the newest entries where the server has no counter
 3  XINFO CONSUMERS of inboxes, XRANGE and XREVRANGE of one of dead letters, where there are any
 
-Bodies come along with every id of an entry. So all but XINFO STREAM ask for one entry at most,
-and where entries must be counted it is the newest ones, once for all groups of a stream, up to
-1,000 and as many as are about 256 KiB: exact for whoever is no further behind.
+Bodies come along with every id of an entry. So one entry is asked for at most (XINFO STREAM brings
+two), and where entries must be counted it is the newest ones, once for all groups of a stream, at
+most 1,000 of a stream and about 4 MiB in all: exact for whoever is no further behind.
 
 Nothing that is wrong with one key hides the rest: it is told as the trouble of its stream.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bus.errors import BusError
 from bus.streams import keys
 from bus.streams.answers import Consumer
 from bus.streams.connection import Arg
+from bus.streams.inspection import NEWEST, RECENT_MS, beside, shown
 from bus.streams.lag import Id, parsed, undelivered_of
 from bus.streams.replies import TRANSIENT, Reply, ReplyError, row_of
 from bus.streams.stream import StreamStore
 
 COMMANDS_AT_ONCE = 1_000  # in one write: their replies are read in a few ms, during which all waits
 COUNTED_MOST = 1_000  # entries per stream that are counted where the server keeps no counter...
-COUNTED_BYTES = 256 * 1024  # ...and as many as are about so large, by the first and the last
-COUNTED_LEAST = 10
-NEWEST = 100  # newest entries that tell how fast a stream grows, where no counter does
-RECENT_MS = 600_000  # a stream that got nothing for so long is not growing
+COUNTED_BYTES = 4 * 1024 * 1024  # ...and as many as are about so large, of all streams together
+NEWEST_BYTES = 64 * 1024  # so much tells how fast a stream grows, where no counter does
 
 Command = tuple[Arg, ...]
 Row = dict[str, Any]
-_TIME: Command = ("TIME",)
+_SERVER: tuple[Command, ...] = (("TIME",), ("INFO", "server"), ("INFO", "memory"))
 
 
 class GroupLook(NamedTuple):
@@ -63,7 +62,7 @@ class GroupLook(NamedTuple):
 
 
 class StreamLook(NamedTuple):
-    """One stream at the server time `now_ms`.
+    """One stream.
 
     info: of XINFO STREAM, empty when there is no stream. listed: consumers that keep a lease when
     alive. leases: of those alive, the groups they say they serve. newest: ids, the newest first,
@@ -72,7 +71,6 @@ class StreamLook(NamedTuple):
     """
 
     stream: str
-    now_ms: int
     info: Row
     listed: frozenset[bytes]
     leases: dict[bytes, frozenset[bytes]]
@@ -82,19 +80,42 @@ class StreamLook(NamedTuple):
     hidden: bool
 
 
+async def server_look(store: StreamStore) -> tuple[int, dict[str, str]]:
+    """Return the server's time in ms and what it says of itself and its memory.
+
+    TIME and two sections of INFO, one write. Nothing is said where the user may not ask.
+    """
+    time, *sections = await store.archive.look(_SERVER)
+    if isinstance(time, ReplyError):
+        raise time.explained("TIME")
+    facts: dict[str, str] = {}
+    for section in sections:
+        if not isinstance(section, ReplyError):
+            lines = bytes(section).decode(errors="replace").splitlines()
+            facts.update(
+                (n, value) for n, colon, value in (x.partition(":") for x in lines) if colon
+            )
+        elif section.code != "NOPERM":
+            raise section
+    return int(time[0]) * 1000 + int(time[1]) // 1000, facts
+
+
 async def overview(
-    store: StreamStore, streams: Sequence[str], counted: Container[str] = ()
+    store: StreamStore, streams: Sequence[str], now_ms: int, counted: Container[str] = ()
 ) -> list[StreamLook]:
     """Look at `streams` and all that belongs to them, over the connection of the history.
 
-    counted: those whose counter of appends was seen before, so that it tells how fast they grow.
+    now_ms: the server's time. counted: streams whose counter of appends was seen before, so that
+    it tells how fast they grow.
     Two or three writes, and more where there are above 1,000 questions: see the head of this file.
     Errors: those of the server as a whole.
     """
     answers = _Answers(store)
-    looks = [_Look(s, answers, counted=s in counted) for s in streams]
-    await answers.ask([_TIME, *(c for look in looks for c in look.first())])
-    await answers.ask([c for look in looks for c in look.second()])
+    looks = [_Look(s, answers, now_ms, counted=s in counted) for s in streams]
+    await answers.ask([c for look in looks for c in look.first()])
+    uncounted = sum(look.outline() for look in looks)
+    share = COUNTED_BYTES // max(1, uncounted)
+    await answers.ask([c for look in looks for c in look.second(share)])
     await answers.ask([c for look in looks for c in look.third()])
     return [look.result() for look in looks]
 
@@ -116,14 +137,6 @@ class _Answers:
     def __getitem__(self, command: Command) -> Reply:
         return self._replies[command]
 
-    @property
-    def now_ms(self) -> int:
-        """The server's time."""
-        reply = self._replies[_TIME]
-        if isinstance(reply, ReplyError):
-            raise reply.explained("TIME")
-        return int(reply[0]) * 1000 + int(reply[1]) // 1000
-
 
 class _GroupQuestions:
     """What is asked about one group; None is a question that need not be asked."""
@@ -132,7 +145,7 @@ class _GroupQuestions:
         self.row = row
         name: bytes = row["name"]
         self.delivered: bytes = row["last-delivered-id"]
-        inbox, dead = _beside(stream, keys.inbox, name), _beside(stream, keys.dead, name)
+        inbox, dead = beside(stream, keys.inbox, name), beside(stream, keys.dead, name)
         self.inbox: Command = ("XLEN", inbox)
         self.dead: Command = ("XLEN", dead)
         self.consumers: Command | None = None
@@ -164,9 +177,10 @@ class _GroupQuestions:
 class _Look:
     """One stream: what is asked about it, round by round, and what comes of it."""
 
-    def __init__(self, stream: str, answers: _Answers, *, counted: bool) -> None:
+    def __init__(self, stream: str, answers: _Answers, now_ms: int, *, counted: bool) -> None:
         self._stream = stream
         self._answers = answers
+        self._now_ms = now_ms
         self._counted = counted
         self._info: Row = {}
         self._listed: frozenset[bytes] = frozenset()
@@ -189,8 +203,11 @@ class _Look:
         if error.code in TRANSIENT:
             raise error
         if error.code != "NOGROUP" and "no such key" not in error.text:
-            key = command[2] if command[0] == "XINFO" else command[1]
-            self._trouble = self._trouble or error.explained(_shown(key))
+            key = shown(command[2] if command[0] == "XINFO" else command[1])
+            told = error.explained(key)
+            if told is error:
+                told = BusError(f"the key {key} cannot be looked at: {error}")
+            self._trouble = self._trouble or told
 
     # --- the questions
 
@@ -202,19 +219,24 @@ class _Look:
         groups, info = ("XINFO", "GROUPS", self._stream), ("XINFO", "STREAM", self._stream)
         return [groups, info, ("SMEMBERS", keys.workers(self._stream))]
 
-    def second(self) -> list[Command]:
-        """Ask for what the first answers speak of."""
+    def outline(self) -> bool:
+        """Take in the first answers; True if entries must be counted."""
         groups, info, workers = (self._got(c) for c in self.first())
         self._hidden = self._trouble is not None and info is None
         self._listed = frozenset(workers or ())
         if info:
             self._info = row_of(info)
             self._groups = [_GroupQuestions(self._stream, row_of(r)) for r in groups or ()]
-        asked: list[Command | None] = [self._lease(n) for n in self._listed]
         for group in self._groups:
             group.measure(self._stream, self._info)
-            asked += (group.inbox, group.dead, group.consumers, group.pending, group.ahead)
-        self._ask_for_counting()
+        return any(g.undelivered is None for g in self._groups)
+
+    def second(self, most_bytes: int) -> list[Command]:
+        """Ask for what the first answers speak of; for about `most_bytes` to be counted."""
+        asked: list[Command | None] = [self._lease(n) for n in self._listed]
+        for g in self._groups:
+            asked += (g.inbox, g.dead, g.consumers, g.pending, g.ahead)
+        self._ask_for_entries(most_bytes)
         return [c for c in (*asked, self._page, self._newest) if c]
 
     def third(self) -> list[Command]:
@@ -230,21 +252,20 @@ class _Look:
     def _lease(self, consumer: bytes) -> Command:
         return ("GET", keys.lease(self._stream, consumer))
 
-    def _ask_for_counting(self) -> None:
+    def _ask_for_entries(self, most_bytes: int) -> None:
         ends = [self._info[n] for n in ("first-entry", "last-entry") if self._info.get(n)]
         if not ends:
             return
         entry_bytes = sum(64 + sum(map(len, fields)) for _, fields in ends) // 2
-        affordable = max(COUNTED_LEAST, COUNTED_BYTES // entry_bytes)
         unknown = [g.delivered for g in self._groups if g.undelivered is None]
         if unknown:
             beyond = b"(" + min(unknown, key=parsed)
-            self._most = min(COUNTED_MOST, affordable)
+            self._most = max(1, min(COUNTED_MOST, most_bytes // entry_bytes))
             self._page = ("XREVRANGE", self._stream, "+", beyond, "COUNT", self._most + 1)
         told = self._counted and "entries-added" in self._info
-        if not told and self._answers.now_ms - parsed(ends[1][0])[0] <= RECENT_MS:
-            most = min(NEWEST, affordable) + 1
-            self._newest = ("XREVRANGE", self._stream, "+", "-", "COUNT", most)
+        if not told and self._now_ms - parsed(ends[1][0])[0] <= RECENT_MS:
+            most = max(1, min(NEWEST, NEWEST_BYTES // entry_bytes))
+            self._newest = ("XREVRANGE", self._stream, "+", "-", "COUNT", most + 1)
 
     # --- the answers
 
@@ -252,11 +273,11 @@ class _Look:
         """Return what was found out."""
         leases = self._leases()
         newest = [bytes(r[0]) for r in self._got(self._newest) or ()]
-        page = [parsed(r[0]) for r in reversed(self._got(self._page) or ())]
+        rows = self._got(self._page)
+        page = None if rows is None else [parsed(r[0]) for r in reversed(rows)]
         groups = [self._group(g, page) for g in self._groups]
         return StreamLook(
             self._stream,
-            self._answers.now_ms,
             self._info,
             self._listed,
             leases,
@@ -281,12 +302,10 @@ class _Look:
                 found[name] = frozenset(reply.split(b","))
         return found
 
-    def _group(self, group: _GroupQuestions, page: Sequence[Id]) -> GroupLook:
+    def _group(self, group: _GroupQuestions, page: Sequence[Id] | None) -> GroupLook:
         undelivered, at_least = group.undelivered, False
         if undelivered is None:
-            undelivered = len(page) - bisect_right(page, parsed(group.delivered))
-            at_least = undelivered > self._most
-            undelivered = min(undelivered, self._most)
+            undelivered, at_least = self._counted_on(page, group.delivered)
         inbox, dead = self._got(group.inbox) or 0, self._got(group.dead) or 0
         return GroupLook(
             group.row["name"],
@@ -303,6 +322,13 @@ class _Look:
             self._id(group.newest_dead if dead else None),
         )
 
+    def _counted_on(self, page: Sequence[Id] | None, delivered: bytes) -> tuple[int, bool]:
+        """Return how many of the newest entries lie beyond an id, and whether there are more."""
+        if page is None:  # it may not be looked at
+            return 0, True
+        ahead = len(page) - bisect_right(page, parsed(delivered))
+        return min(ahead, self._most), ahead > self._most
+
     def _id(self, command: Command | None) -> bytes | None:
         rows = self._got(command)
         return bytes(rows[0][0]) if rows else None
@@ -315,12 +341,3 @@ def _consumers(rows: list[Reply] | None) -> list[Consumer]:
     names = rows[0][::2]
     name, pending, idle = (2 * names.index(n) + 1 for n in (b"name", b"pending", b"idle"))
     return [Consumer(r[name], r[pending], r[idle]) for r in rows]
-
-
-def _beside(stream: str, make: Callable[[str, str], str], group: bytes) -> bytes:
-    """Return a key of a group; others may have given it any name."""
-    return keys.wire(make(stream, keys.text(group)))
-
-
-def _shown(key: Arg) -> str:
-    return key.decode(errors="replace") if isinstance(key, bytes) else str(key)

@@ -26,6 +26,7 @@ from bus.streams.answers import (
 )
 from bus.streams.archive import Archive
 from bus.streams.connection import Arg, Connection, Server
+from bus.streams.follower import Follower
 from bus.streams.leases import Leases
 from bus.streams.reader import Reader
 from bus.streams.replies import ReplyError, row_of
@@ -72,6 +73,11 @@ class StreamStore:
         """Return a reading connection of its own: XREADGROUP names one group and may block."""
         own = Connection(self._server, f"reading {group}", self._telemetry)
         return Reader(own, self.commands)
+
+    def follower(self) -> Follower:
+        """Return the connection that tails share: XREAD, which may block."""
+        own = Connection(self._server, "tails", self._telemetry)
+        return Follower(own, self.commands)
 
     # --- the way in
 

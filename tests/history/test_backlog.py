@@ -23,7 +23,6 @@ from bus import (
 from bus.history.backlog import GroupBacklog, StreamBacklog, appends_per_s, of_stream, pinning
 from bus.streams import keys
 from bus.streams.inspection import GroupSeen, StreamSeen
-from bus.streams.lag import undelivered_of
 from bus.streams.topics import Record
 from tests.servers import ask
 from tests.witness import eventually
@@ -255,31 +254,6 @@ INFO = {
     "max-deleted-entry-id": b"0-0",
     "entries-added": 400,
 }
-
-
-@pytest.mark.parametrize(
-    ("row", "info", "number"),
-    [
-        ({"last-delivered-id": b"400-7"}, {}, 0),
-        ({"last-delivered-id": b"450-0"}, {}, 0),
-        ({"last-delivered-id": b"400-6", "lag": 1}, {}, 1),
-        ({"last-delivered-id": b"400-10", "lag": 7}, {}, 0),  # ids are numbers
-        ({"last-delivered-id": b"4-18446744073709551615"}, {}, 300),
-        ({"last-delivered-id": b"0-0", "lag": 400}, {}, 300),
-        ({"last-delivered-id": b"5-0", "lag": 299}, {}, 299),
-        ({"last-delivered-id": b"5-0", "lag": 300}, {}, None),
-        ({"last-delivered-id": b"5-0", "lag": 0}, {}, None),
-        ({"last-delivered-id": b"5-0", "lag": -1}, {}, None),
-        ({"last-delivered-id": b"5-0", "lag": None}, {}, None),
-        ({"last-delivered-id": b"5-0"}, {}, None),
-        ({"last-delivered-id": b"9-0", "lag": 9}, {"max-deleted-entry-id": b"10-0"}, None),
-        ({"last-delivered-id": b"10-0", "lag": 9}, {"max-deleted-entry-id": b"9-0"}, 9),
-        ({"last-delivered-id": b"9-0", "lag": 9}, {"max-deleted-entry-id": b"9-0"}, 9),
-        ({"last-delivered-id": b"0-0", "lag": 9}, {"first-entry": None, "last-entry": None}, 0),
-    ],
-)
-def test_what_is_undelivered(row, info, number):
-    assert undelivered_of(row, INFO | info) == number
 
 
 async def test_what_comes_between_two_looks_is_seen():

@@ -1,6 +1,6 @@
-"""Dead letters from outside: found, shown, mended, redriven, purged, exported, whoever wrote them.
+"""Dead letters from outside: found, shown, redriven, purged, exported, whoever wrote them.
 
-What their handlers make of them is in tests/guarantees/test_redrive.py.
+Edits are in test_mend.py; what handlers make of letters is in tests/guarantees/test_redrive.py.
 """
 
 from __future__ import annotations
@@ -16,26 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from redis.asyncio import Redis
 
 from bus import (
     Bus,
     DeclarationError,
-    Event,
-    EventTooLarge,
     InvalidEvent,
-    Letter,
     LetterGone,
     PermissionDenied,
     Redriven,
     ServerRefused,
-    Topic,
     Undecodable,
-    UnknownEventType,
     UnknownGroup,
     UnknownTopic,
     WrongKeyType,
-    upcast,
 )
 from bus.history import redrive
 from bus.streams import keys
@@ -43,54 +36,32 @@ from bus.streams.answers import Returned
 from bus.streams.replies import ReplyError
 from bus.streams.script import Script
 from tests.faults.proxy import Proxy, digest
+from tests.history.letters import (
+    DEAD,
+    INBOX,
+    OTHER,
+    REASONS,
+    STREAM,
+    TIGHT,
+    TOPIC,
+    Posted,
+    box_of,
+    bury,
+    dead,
+    found,
+    ns_of,
+    own,
+    put,
+    shown,
+    why,
+)
 from tests.servers import ask
+from tests.test_docs import ROOT, blocks, run
 from tests.witness import Witness, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-TOPIC = Topic("mail", partitions=2)
-TIGHT = Topic("mail", partitions=2, maxlen=40, keep=20)  # ten entries of an inbox are for redrives
-STREAM, OTHER = "bus:{mail:0}", "bus:{mail:1}"
-DEAD, INBOX = f"{STREAM}:dead:index", f"{STREAM}:inbox:index"
-REASONS = ("failed", "rejected", "undecodable", "newer-version", "crashed", "effects-failed")
-
-
-class Posted(Event, type="mail.posted", key="box"):
-    box: str
-    n: int = 0
-    weight: float = 1.0
-
-
-class Stamped(Event, type="mail.stamped", encoding="msgpack"):
-    n: int
-    seal: bytes = b""
-
-
-class Sorted(Event, type="mail.sorted", version=3, rename="camel"):
-    shelf_name: str
-    pieces: int
-    since: datetime | None = None
-
-
-@upcast(Sorted, from_version=1)
-def name_becomes_shelf(data: dict[str, Any]) -> dict[str, Any]:
-    data["shelf"] = data.pop("name")
-    return data
-
-
-@upcast(Sorted, from_version=2)
-def shelf_becomes_shelf_name(data: dict[str, Any]) -> dict[str, Any]:
-    data["shelfName"] = data.pop("shelf")
-    return data
-
-
-class Weighed(Event, type="mail.weighed"):
-    grams: int
-
-    def __post_init__(self) -> None:
-        if self.grams < 0:
-            raise ValueError("less than nothing")
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -106,66 +77,6 @@ async def valkey(valkey_url: str) -> AsyncIterator[Bus]:
     async with Bus.connect(valkey_url, topics=[TOPIC]) as bus:
         await bus.topics.record("mail")
         yield bus
-
-
-def box_of(partition: int) -> str:
-    """A key that belongs to a partition of the topic."""
-    return next(f"b{n}" for n in range(99) if keys.partition_of(f"b{n}", 2) == partition)
-
-
-def own(n: int, **fields: Any) -> dict[Any, Any]:
-    """The fields of an event."""
-    data = json.dumps({"box": box_of(0), "n": n})
-    return {"id": f"e{n}", "type": "mail.posted", "data": data, "partitionkey": box_of(0), **fields}
-
-
-def why(reason: str = "failed", error: str = "ValueError: no", **fields: Any) -> dict[Any, Any]:
-    """What is appended to them, as the settler and the scripts do."""
-    return {
-        "deadreason": reason,
-        "deaderror": error,
-        "deadtraceback": "line 1\nline 2",
-        "deadattempts": "5",
-        "deadentry": "1700000000000-7",
-        **fields,
-        "deadtime": "1763629200000",
-    }
-
-
-async def put(
-    bus: Bus,
-    fields: dict[Any, Any],
-    entry_id: str = "*",
-    stream: str = STREAM,
-    group: str = "index",
-) -> str:
-    """Put a letter there by hand; return its id."""
-    key = f"{stream}:dead:{group}"
-    made = (await bus.redis.xadd(key, fields, id=entry_id)).decode()
-    return f"{keys.tag_of(stream)}/{made}"
-
-
-async def bury(bus: Bus, *ns: int, stream: str = STREAM, **fields: Any) -> list[str]:
-    """Letters of good events that failed."""
-    return [await put(bus, own(n) | why(**fields), stream=stream) for n in ns]
-
-
-async def dead(bus: Bus, key: str = DEAD) -> list[dict[bytes, bytes]]:
-    return [fields for _, fields in await bus.redis.xrange(key)]
-
-
-async def ns_of(bus: Bus, key: str) -> list[int]:
-    """The n of each entry, in order."""
-    return [json.loads(fields[b"data"])["n"] for _, fields in await bus.redis.xrange(key)]
-
-
-async def found(letters: Any) -> list[Letter]:
-    return [letter async for letter in letters]
-
-
-def shown(value: Any) -> str:
-    """What a case is called, in every process."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))[:60]
 
 
 # --- finding
@@ -441,6 +352,14 @@ async def test_only_what_was_appended_is_taken_off(bus: Bus, server: Any) -> Non
     assert [tuple(e) for e in entries] == [w + tuple(x.encode() for x in more) for w in wanted]
 
 
+async def test_others_may_append_in_any_order_and_each_name_once(bus: Bus, server: Any) -> None:
+    fields = ["id", "e1", "deaderror", "mine", "deaderror", "theirs", "deadtime", "1"]
+    ask(server, "XADD", DEAD, "*", *fields, "deadreason", "rejected")
+    (letter,) = await found(bus.dead_letters("index"))
+    assert letter.fields == (b"id", b"e1", b"deaderror", b"mine")
+    assert (letter.error, letter.reason) == ("theirs", "rejected")
+
+
 @pytest.mark.parametrize("by", ["python", "lua"])
 async def test_many_fields_that_lie_packed_are_unpacked(bus: Bus, server: Any, by: str) -> None:
     many = ["id", "e1", "type", "mail.posted", "data", '{"box":"b"}']
@@ -642,6 +561,14 @@ async def test_an_existing_inbox_and_its_group_stay_as_they_are(bus: Bus) -> Non
     assert await ns_of(bus, INBOX) == [9, 1]
 
 
+async def test_a_group_made_for_an_inbox_misses_nothing_that_is_there(bus: Bus) -> None:
+    await bus.redis.xadd(INBOX, own(9))
+    await bury(bus, 1)
+    await bus.dead_letters("index").redrive()
+    (given,) = await bus.redis.xreadgroup("index", "c", {INBOX: ">"})
+    assert [fields[b"id"] for _, fields in given[1]] == [b"e9", b"e1"]
+
+
 async def test_only_what_was_asked_for_goes_up_to_the_limit(valkey: Bus) -> None:
     await bury(valkey, *range(10))
     letters = valkey.dead_letters("index", where=lambda letter: letter.event.n % 2 == 0)
@@ -679,6 +606,14 @@ async def test_a_rate_is_kept(valkey: Bus) -> None:
     took_s = loop.time() - started
     assert result.redriven == 12
     assert 0.4 < took_s < 1.5, "twelve at twenty a second, in steps of two"
+
+
+async def test_a_call_takes_no_more_than_about_a_mebibyte(valkey: Bus) -> None:
+    witness = Witness(valkey)
+    for n in range(10):
+        await put(valkey, own(n, junk="x" * 300_000) | why())
+    assert (await valkey.dead_letters("index").redrive()).redriven == 10
+    assert [t["count"] for t in witness.of("dead_letters.redriven")] == [4, 4, 2]
 
 
 async def test_progress_is_told_on_the_way_and_in_the_end(valkey: Bus, monkeypatch: Any) -> None:
@@ -922,7 +857,8 @@ async def test_a_call_that_moves_nothing_makes_nothing(bus: Bus) -> None:
 async def test_purged_letters_are_gone_and_nothing_else(bus: Bus) -> None:
     witness = Witness(bus)
     await bury(bus, *range(6))
-    await bury(bus, 6, 7, stream=OTHER)
+    for n in (6, 7):
+        await put(bus, own(n) | why(), f"9999999999999-{n}", OTHER)
     letters = bus.dead_letters("index", where=lambda letter: letter.event.n % 2 == 0)
     result = await letters.purge(limit=2)
     assert (result.matched, result.purged, result.gone, result.sample) == (2, 2, 0, ())
@@ -943,222 +879,14 @@ async def test_what_somebody_else_purges_first_is_counted_as_gone(valkey: Bus) -
     assert await valkey.dead_letters("index").count() == 0
 
 
-# --- edits
-
-
-async def mend(bus: Bus, edit: Any, **fields: Any) -> dict[bytes, bytes]:
-    """Redrive the one letter with an edit; return its inbox entry, without the inbox's fields."""
-    result = await bus.dead_letters("index").redrive(edit=edit, **fields)
-    assert result.redriven == 1
-    assert await dead(bus) == []
-    ((_, entry),) = await bus.redis.xrange(INBOX)
-    run = entry.pop(b"run").decode()
-    assert run == result.run
-    inbox = {k: entry.pop(k) for k in (b"origentry", b"attempts", b"due")}
-    assert inbox == {b"origentry": b"1700000000000-7", b"attempts": b"0", b"due": b"0"}
-    return entry
-
-
-async def test_a_changed_field_is_in_the_event_and_all_else_is_as_it_was(bus: Bus) -> None:
-    headers = {
-        "source": "/farm",
-        "time": "2026-01-01T00:00:00+00:00",
-        "correlationid": "c",
-        "theirs": "x",
-    }
-    await put(bus, own(1, **headers) | why())
-    entry = await mend(bus, {"n": 5, "weight": 2})
-    assert json.loads(entry.pop(b"data")) == {"box": box_of(0), "n": 5, "weight": 2.0}
-    wanted = {k: v for k, v in own(1, **headers).items() if k != "data"}
-    assert entry == {k.encode(): v.encode() for k, v in wanted.items()}
-
-
-async def test_a_function_gives_an_event_or_changes_or_leaves_one_out(valkey: Bus) -> None:
-    await bury(valkey, 1, 2, 3)
-
-    def edit(letter: Letter) -> Any:
-        event = letter.event
-        assert isinstance(event, Posted)
-        if event.n == 1:
-            return Posted(box=event.box, n=100)
-        return {"n": 200} if event.n == 2 else None
-
-    result = await valkey.dead_letters("index").redrive(edit=edit)
-    assert (result.matched, result.redriven, result.left_out) == (3, 2, 1)
-    assert await ns_of(valkey, INBOX) == [100, 200]
-    assert await ns_of(valkey, DEAD) == [3]
-
-
-async def test_the_limit_does_not_count_what_an_edit_leaves_out(valkey: Bus) -> None:
-    await bury(valkey, *range(6))
-
-    def edit(letter: Letter) -> Any:
-        return {} if letter.event.n % 2 else None  # type: ignore[attr-defined]
-
-    result = await valkey.dead_letters("index").redrive(edit=edit, limit=2)
-    assert (result.matched, result.redriven, result.left_out) == (4, 2, 2)
-    assert await ns_of(valkey, INBOX) == [1, 3]
-
-
-async def test_an_old_letter_is_mended_as_the_newest_class(bus: Bus) -> None:
-    data = json.dumps({"name": "A", "pieces": 1, "extra": True})
-    await put(bus, {"id": "e1", "type": "mail.sorted", "data": data} | why())
-    entry = await mend(bus, {"pieces": 2, "since": "2026-01-01T00:00:00Z"})
-    assert entry[b"v"] == b"3"
-    assert json.loads(entry[b"data"]) == {
-        "shelfName": "A",
-        "pieces": 2,
-        "since": "2026-01-01T00:00:00Z",
-    }
-
-
-@pytest.mark.parametrize(
-    ("version", "data", "changes", "wanted"),
-    [
-        (3, {"shelfName": "A", "pieces": "many"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
-        (3, {"shelfName": "A"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
-        (1, {"name": "A", "pieces": "many"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
-        (2, {"shelf": 5, "pieces": 1}, {"shelf_name": "A"}, {"shelfName": "A", "pieces": 1}),
-        (2, {"shelf": 5, "pieces": 1}, {"shelfName": "A"}, {"shelfName": "A", "pieces": 1}),
-        (1, {"pieces": 1}, {"shelf_name": "A"}, {"shelfName": "A", "pieces": 1}),
-        ("x", {"shelfName": "A", "pieces": 1}, {}, {"shelfName": "A", "pieces": 1}),
-        (3, [1, 2], {"shelf_name": "A", "pieces": 1}, {"shelfName": "A", "pieces": 1}),
-    ],
-    ids=str,
-)
-async def test_a_letter_that_cannot_be_read_is_mended_from_what_can_be_read_of_it(
-    valkey: Bus, version: Any, data: Any, changes: Any, wanted: Any
+async def test_the_example_of_the_operations_document_goes_as_written(
+    valkey: Bus, tmp_path: Path
 ) -> None:
-    fields = {"id": "e1", "type": "mail.sorted", "data": json.dumps(data), "v": str(version)}
-    await put(valkey, fields | why("undecodable"))
-    with pytest.raises(Undecodable):
-        _ = (await found(valkey.dead_letters("index")))[0].event
-    entry = await mend(valkey, changes)
-    assert entry[b"v"] == b"3"
-    assert json.loads(entry[b"data"]) == wanted | {"since": None}
-
-
-async def test_bytes_and_msgpack_are_mended_as_such(bus: Bus) -> None:
-    fields = {"id": b"\xff", "type": "mail.stamped", "datacontenttype": "application/msgpack"}
-    await put(bus, fields | {"data": msgspec.msgpack.encode({"n": "x", "seal": b"\xff"})} | why())
-    entry = await mend(bus, {"n": 1})
-    assert msgspec.msgpack.decode(entry[b"data"]) == {"n": 1, "seal": b"\xff"}
-    assert entry[b"datacontenttype"] == b"application/msgpack"
-    assert entry[b"id"] == b"\xff", "the same event, whatever its id is"
-
-
-async def test_an_event_written_in_another_encoding_gets_that_of_its_class(valkey: Bus) -> None:
-    await put(valkey, {"id": "e1", "type": "mail.stamped", "data": '{"n":1}'} | why())
-    entry = await mend(valkey, {"seal": b"\x00"})
-    assert msgspec.msgpack.decode(entry[b"data"]) == {"n": 1, "seal": b"\x00"}
-    assert entry[b"datacontenttype"] == b"application/msgpack"
-
-
-def raising(_: Letter) -> Any:
-    raise LookupError("mine")
-
-
-BAD_EDITS: list[tuple[Any, type[Exception], str]] = [
-    ({"n": "5"}, InvalidEvent, "dead letter ID: field n: Expected `int`, got `str`"),
-    ({"m": 5}, InvalidEvent, r"has no field 'm': .*it has box, n, weight"),
-    ({"wieght": 5}, InvalidEvent, r"no field 'wieght': did you mean weight\?"),
-    ({"weight": math.nan}, InvalidEvent, "NaN and Infinity cannot"),
-    ({"box": "\ud800"}, InvalidEvent, "not UTF-8"),
-    (
-        {"box": box_of(1)},
-        InvalidEvent,
-        "belongs to partition 1, not here: publish it as a new event",
-    ),
-    (lambda _: Stamped(n=1), InvalidEvent, "is a mail.posted and cannot become a mail.stamped"),
-    (lambda _: Posted(box=box_of(1)), InvalidEvent, "belongs to partition 1"),
-    (lambda _: 5, InvalidEvent, "an edit gives an event, a mapping .*, not int"),
-    (lambda _: "n", InvalidEvent, "not str"),
-    (raising, LookupError, "mine"),
-]
-
-
-@pytest.mark.parametrize(("edit", "error", "message"), BAD_EDITS, ids=shown)
-async def test_an_edit_that_is_not_valid_is_told_and_sends_nothing(
-    valkey: Bus, edit: Any, error: type[Exception], message: str
-) -> None:
-    (letter_id,) = await bury(valkey, 1)
-    before = await valkey.redis.xrange(DEAD)
-    with pytest.raises(error, match=message.replace("ID", letter_id)) as caught:
-        await valkey.dead_letters("index").redrive(edit=edit)
-    assert error is LookupError or letter_id in str(caught.value)
-    assert await valkey.redis.xrange(DEAD) == before
-    assert await valkey.redis.exists(INBOX) == 0
-
-
-async def test_an_event_may_not_grow_beyond_what_the_bus_takes(valkey: Bus) -> None:
-    (letter_id,) = await bury(valkey, 1)
-    async with Bus.connect(valkey.address, topics=[TOPIC], max_event_bytes=75) as small:
-        letters = small.dead_letters("index")
-        with pytest.raises(EventTooLarge, match=f"{letter_id}: .* above max_event_bytes = 75"):
-            await letters.redrive(edit={"weight": 1.2345678901234567})
-        assert (await letters.redrive(edit={"weight": 1.0})).redriven == 1
-
-
-async def test_a_class_that_refuses_its_values_is_listened_to(valkey: Bus) -> None:
-    await put(valkey, own(1, type="mail.weighed", data='{"grams":1}') | why())
-    with pytest.raises(InvalidEvent, match="less than nothing"):
-        await valkey.dead_letters("index").redrive(edit={"grams": -1})
-    assert len(await dead(valkey)) == 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "version"), [("mail.unheard", "1"), ("mail.posted", "2"), (b"mail.\xff", "1")], ids=str
-)
-async def test_an_edit_that_cannot_be_checked_is_refused_and_a_plain_redrive_is_not(
-    valkey: Bus, kind: Any, version: str
-) -> None:
-    await put(valkey, own(1, type=kind, v=version) | why("newer-version"))
-    with pytest.raises(
-        UnknownEventType, match=r"mail:0/.* the edit cannot be checked: .* without an"
-    ):
-        await valkey.dead_letters("index").redrive(edit={"n": 5})
-    assert await valkey.dead_letters("index").count() == 1
-    assert (await valkey.dead_letters("index").redrive()).redriven == 1
-    ((_, entry),) = await valkey.redis.xrange(INBOX)
-    assert entry[b"v"].decode() == version
-
-
-async def test_a_letter_without_an_event_id_cannot_be_mended(valkey: Bus) -> None:
-    await put(valkey, {"type": "mail.posted", "data": "{}"} | why("undecodable"))
-    with pytest.raises(InvalidEvent, match="it has no event id: publish it as a new event"):
-        await valkey.dead_letters("index").redrive(edit={"box": box_of(0)})
-
-
-async def test_a_bad_edit_in_the_middle_leaves_it_and_those_after_it_where_they_were(
-    valkey: Bus,
-) -> None:
-    await bury(valkey, *range(250))
-
-    def edit(letter: Letter) -> Any:
-        n = letter.event.n  # type: ignore[attr-defined]
-        return {"n": "bad"} if n == 150 else {"weight": 2.0}
-
-    with pytest.raises(InvalidEvent, match="field n") as caught:
-        await valkey.dead_letters("index").redrive(edit=edit)
-    assert caught.value.__notes__ == ["100 dead letters were redriven before; run it again"]
-    assert await ns_of(valkey, INBOX) == list(range(100)), "no batch is sent in part"
-    assert await ns_of(valkey, DEAD) == list(range(100, 250))
-
-
-async def test_a_key_that_was_elsewhere_all_along_may_stay(valkey: Bus) -> None:
-    """As after the partitions were made more: a redrive is not the time to move it."""
-    await put(valkey, own(1) | why(), stream=OTHER)
-    result = await valkey.dead_letters("index").redrive(edit={"n": 2})
-    assert result.redriven == 1
-    assert await ns_of(valkey, f"{OTHER}:inbox:index") == [2]
-
-
-async def test_edited_letters_of_many_fields_go_whole(bus: Bus) -> None:
-    many = own(1) | {f"f{n}": "x" for n in range(1_500)}
-    packed = msgspec.msgpack.encode([str(w).encode() for p in many.items() for w in p])
-    await put(bus, {"deadfields": packed} | why())
-    entry = await mend(bus, {"n": 2})
-    assert json.loads(entry.pop(b"data"))["n"] == 2
-    assert len(entry) == len(many) - 1
-    async with Redis.from_url(bus.address) as client:
-        assert await client.xlen(DEAD) == 0
+    await put(valkey, own(1) | why(error="TimeoutError: 3 s"), group="receipts")
+    script = tmp_path / "letters.py"
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    script.write_text(blocks(text)["letters"], encoding="utf-8")
+    (letter,) = [x async for x in valkey.dead_letters("receipts")]
+    first, second = (await asyncio.to_thread(run, script, valkey.address)).splitlines()
+    assert first == f"{letter.id} mail.posted failed TimeoutError: 3 s"
+    assert second.startswith("Redriven(matched=1, redriven=1, gone=0")

@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from bus.streams import leases
+from bus.streams import archive, leases
 from bus.streams import stream as verbs
 from bus.streams.script import Script
 
@@ -84,7 +84,9 @@ def test_the_head_of_each_script_says_what_it_takes_and_gives(name):
 
 
 def test_every_script_is_a_verb_of_the_store():
-    loaded = {s.name for m in (verbs, leases) for s in vars(m).values() if isinstance(s, Script)}
+    loaded = {
+        s.name for m in (verbs, leases, archive) for s in vars(m).values() if isinstance(s, Script)
+    }
     assert loaded == set(VERBS)
 
 

@@ -1,8 +1,9 @@
 """What a type checker must accept: never run, checked by mypy --strict (test_typing.py)."""
 
+import sys
 from collections.abc import AsyncIterator, Awaitable
 from datetime import timedelta
-from typing import assert_type
+from typing import Any, assert_type
 
 from bus import (
     Backlog,
@@ -10,14 +11,21 @@ from bus import (
     Breaker,
     Bus,
     DeadLettered,
+    DeadLetters,
     Delivery,
     Envelope,
     Event,
     Handler,
+    Letter,
+    Purged,
     Receipt,
+    Redriven,
     Registry,
     Reject,
+    Replayed,
     RetryLater,
+    Snapshot,
+    Tail,
     Topic,
     Worker,
     event_handler,
@@ -135,6 +143,27 @@ async def call_them(delivery: Delivery[BookAdded]) -> None:
     await waiting
 
 
+def call_it(event: BookAdded) -> None:
+    """Take an event of a replay, without being a handler."""
+
+
+async def follow(bus: Bus) -> None:
+    """Go on from where another tail stood."""
+    tail = bus.tail(["typing", "other"], after={"bus:{typing:0}": "5-0"}, types=BookAdded)
+    assert_type(tail, Tail)
+    await tail.ready()
+    async for envelope in tail:
+        assert_type(envelope, Envelope)
+        position = tail.position
+        assert_type(position, dict[str, str])
+        assert_type(tail.gaps, int)
+        bus.tail("typing", after=position, key="b", where=lambda e: e.version > 1)
+        break
+    await tail.aclose()
+    async with bus.tail("typing", after="@-2h") as tail:
+        assert_type(await anext(tail), Envelope)
+
+
 async def live() -> None:
     """Use the whole surface once."""
     async with Bus.connect("redis://localhost", topics=[topic], publish_timeout_s=5) as bus:
@@ -148,10 +177,37 @@ async def live() -> None:
         async for envelope in past:
             assert_type(envelope.event, Event)
             assert_type(envelope.key, str | None)
+        bus.history("typing", key="b", where=lambda e: e.version > 1, limit=5, reverse=True)
+        done = await bus.replay(
+            "typing", to="shelve", rate=5.5, checkpoint="file", progress=lambda p: print(p.share)
+        )
+        assert_type(done, Replayed)
+        assert_type(done.sample, tuple[Envelope, ...])
+        await bus.replay("typing", to=shelve, types=BookAdded, dry_run=True)
+        await bus.replay("typing", to=call_it, limit=3, since="@-1h", until=5)
+        await bus.replay("typing", to=bus)
         backlog = await bus.backlog("typing")
         assert_type(backlog, Backlog)
         assert_type(backlog.of("shelve").oldest_undelivered_age_s, float | None)
         assert_type([s.pinned_by for s in backlog.streams], list[str | None])
+        snapshot = await bus.inspect(["typing"])
+        assert_type(snapshot, Snapshot)
+        assert_type(snapshot.topic("typing").group("shelve").oldest_age_s, float | None)
+        assert_type([s.error for t in snapshot.topics for s in t.streams], list[str | None])
+        letters = bus.dead_letters("shelve", "typing", types=BookAdded, since="@-2h", reason="failed")
+        assert_type(letters, DeadLetters)
+        async for letter in letters:
+            assert_type(letter, Letter)
+            assert_type(letter.event, Event)
+            assert_type(letter.as_json(), dict[str, Any])
+        assert_type(await letters.get("1-0"), Letter)
+        assert_type(await letters.count(), int)
+        assert_type(await letters.redrive(edit={"pages": 1}, rate=5, progress=print), Redriven)
+        await letters.redrive(edit=lambda letter: event if letter.attempts > 1 else None)
+        await letters.redrive(edit=lambda _: {"pages": 1}, limit=1, dry_run=True)
+        assert_type(await letters.purge(limit=1), Purged)
+        assert_type(await letters.export(sys.stdout), int)
+        assert_type(await letters.export("letters.jsonl"), int)
         async with Worker(bus, handlers=[shelve, audit], only=["shelve"]) as worker:
             await worker.drained(timedelta(seconds=5).total_seconds())
         await bus.redis.get("key")

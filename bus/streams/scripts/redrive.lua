@@ -16,7 +16,7 @@ if memory then
     local answer = {}
     for digit in string.gmatch(answers, '%d') do answer[#answer + 1] = tonumber(digit) end
     return answer
-  elseif tonumber(number) > tonumber(ARGV[3]) then
+  elseif number and tonumber(number) > tonumber(ARGV[3]) then
     return redis.error_reply('STALE call ' .. ARGV[3] .. ', the last one was ' .. number)
   end
 end
@@ -40,6 +40,7 @@ while at <= #ARGV do
       local made = redis.pcall('XGROUP', 'CREATE', KEYS[2], ARGV[1], '0', 'MKSTREAM')
       if made['err'] and not string.find(made['err'], 'BUSYGROUP', 1, true) then return made end
       redis.call('XDEL', KEYS[1], '0-0')
+      redis.call('SET', KEYS[3], ARGV[3] .. ' ', 'EX', ARGV[5])
     end
     local fields
     if values < 0 then

@@ -1,0 +1,263 @@
+"""Letters that are mended before they are redriven: checked, and nothing sent that is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from bus import Bus, EventTooLarge, InvalidEvent, Letter, Undecodable, UnknownEventType
+from tests.history.letters import (
+    DEAD,
+    INBOX,
+    OTHER,
+    TOPIC,
+    Posted,
+    Stamped,
+    box_of,
+    bury,
+    dead,
+    found,
+    ns_of,
+    own,
+    put,
+    shown,
+    why,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+@pytest.fixture
+async def bus(url: str) -> AsyncIterator[Bus]:
+    async with Bus.connect(url, topics=[TOPIC]) as bus:
+        await bus.topics.record("mail")
+        yield bus
+
+
+@pytest.fixture
+async def valkey(valkey_url: str) -> AsyncIterator[Bus]:
+    """A bus on the default server alone, for what the server has no part in."""
+    async with Bus.connect(valkey_url, topics=[TOPIC]) as bus:
+        await bus.topics.record("mail")
+        yield bus
+
+
+async def mend(bus: Bus, edit: Any, **fields: Any) -> dict[bytes, bytes]:
+    """Redrive the one letter with an edit; return its inbox entry, without the inbox's fields."""
+    result = await bus.dead_letters("index").redrive(edit=edit, **fields)
+    assert result.redriven == 1
+    assert await dead(bus) == []
+    ((_, entry),) = await bus.redis.xrange(INBOX)
+    run = entry.pop(b"run").decode()
+    assert run == result.run
+    inbox = {k: entry.pop(k) for k in (b"origentry", b"attempts", b"due")}
+    assert inbox == {b"origentry": b"1700000000000-7", b"attempts": b"0", b"due": b"0"}
+    return entry
+
+
+async def test_a_changed_field_is_in_the_event_and_all_else_is_as_it_was(bus: Bus) -> None:
+    headers = {
+        "source": "/farm",
+        "time": "2026-01-01T00:00:00+00:00",
+        "correlationid": "c",
+        "theirs": "x",
+    }
+    await put(bus, own(1, **headers) | why())
+    entry = await mend(bus, {"n": 5, "weight": 2})
+    assert json.loads(entry.pop(b"data")) == {"box": box_of(0), "n": 5, "weight": 2.0}
+    wanted = {k: v for k, v in own(1, **headers).items() if k != "data"}
+    assert entry == {k.encode(): v.encode() for k, v in wanted.items()}
+
+
+async def test_a_function_gives_an_event_or_changes_or_leaves_one_out(valkey: Bus) -> None:
+    await bury(valkey, 1, 2, 3)
+
+    def edit(letter: Letter) -> Any:
+        event = letter.event
+        assert isinstance(event, Posted)
+        if event.n == 1:
+            return Posted(box=event.box, n=100)
+        return {"n": 200} if event.n == 2 else None
+
+    result = await valkey.dead_letters("index").redrive(edit=edit)
+    assert (result.matched, result.redriven, result.left_out) == (3, 2, 1)
+    assert await ns_of(valkey, INBOX) == [100, 200]
+    assert await ns_of(valkey, DEAD) == [3]
+
+
+async def test_the_limit_does_not_count_what_an_edit_leaves_out(valkey: Bus) -> None:
+    await bury(valkey, *range(6))
+
+    def edit(letter: Letter) -> Any:
+        return {} if letter.event.n % 2 else None  # type: ignore[attr-defined]
+
+    result = await valkey.dead_letters("index").redrive(edit=edit, limit=2)
+    assert (result.matched, result.redriven, result.left_out) == (4, 2, 2)
+    assert await ns_of(valkey, INBOX) == [1, 3]
+
+
+async def test_an_old_letter_is_mended_as_the_newest_class(bus: Bus) -> None:
+    data = json.dumps({"name": "A", "pieces": 1, "extra": True})
+    await put(bus, {"id": "e1", "type": "mail.sorted", "data": data} | why())
+    entry = await mend(bus, {"pieces": 2, "since": "2026-01-01T00:00:00Z"})
+    assert entry[b"v"] == b"3"
+    assert json.loads(entry[b"data"]) == {
+        "shelfName": "A",
+        "pieces": 2,
+        "since": "2026-01-01T00:00:00Z",
+    }
+
+
+@pytest.mark.parametrize(
+    ("version", "data", "changes", "wanted"),
+    [
+        (3, {"shelfName": "A", "pieces": "many"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
+        (3, {"shelfName": "A"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
+        (1, {"name": "A", "pieces": "many"}, {"pieces": 2}, {"shelfName": "A", "pieces": 2}),
+        (2, {"shelf": 5, "pieces": 1}, {"shelf_name": "A"}, {"shelfName": "A", "pieces": 1}),
+        (2, {"shelf": 5, "pieces": 1}, {"shelfName": "A"}, {"shelfName": "A", "pieces": 1}),
+        (1, {"pieces": 1}, {"shelf_name": "A"}, {"shelfName": "A", "pieces": 1}),
+        ("x", {"shelfName": "A", "pieces": 1}, {}, {"shelfName": "A", "pieces": 1}),
+        (3, [1, 2], {"shelf_name": "A", "pieces": 1}, {"shelfName": "A", "pieces": 1}),
+    ],
+    ids=str,
+)
+async def test_a_letter_that_cannot_be_read_is_mended_from_what_can_be_read_of_it(
+    valkey: Bus, version: Any, data: Any, changes: Any, wanted: Any
+) -> None:
+    fields = {"id": "e1", "type": "mail.sorted", "data": json.dumps(data), "v": str(version)}
+    await put(valkey, fields | why("undecodable"))
+    with pytest.raises(Undecodable):
+        _ = (await found(valkey.dead_letters("index")))[0].event
+    entry = await mend(valkey, changes)
+    assert entry[b"v"] == b"3"
+    assert json.loads(entry[b"data"]) == wanted | {"since": None}
+
+
+async def test_bytes_and_msgpack_are_mended_as_such(bus: Bus) -> None:
+    fields = {"id": b"\xff", "type": "mail.stamped", "datacontenttype": "application/msgpack"}
+    await put(bus, fields | {"data": msgspec.msgpack.encode({"n": "x", "seal": b"\xff"})} | why())
+    entry = await mend(bus, {"n": 1})
+    assert msgspec.msgpack.decode(entry[b"data"]) == {"n": 1, "seal": b"\xff"}
+    assert entry[b"datacontenttype"] == b"application/msgpack"
+    assert entry[b"id"] == b"\xff", "the same event, whatever its id is"
+
+
+async def test_an_event_written_in_another_encoding_gets_that_of_its_class(valkey: Bus) -> None:
+    await put(valkey, {"id": "e1", "type": "mail.stamped", "data": '{"n":1}'} | why())
+    entry = await mend(valkey, {"seal": b"\x00"})
+    assert msgspec.msgpack.decode(entry[b"data"]) == {"n": 1, "seal": b"\x00"}
+    assert entry[b"datacontenttype"] == b"application/msgpack"
+
+
+def raising(_: Letter) -> Any:
+    raise LookupError("mine")
+
+
+BAD_EDITS: list[tuple[Any, type[Exception], str]] = [
+    ({"n": "5"}, InvalidEvent, "dead letter ID: field n: Expected `int`, got `str`"),
+    ({"m": 5}, InvalidEvent, r"has no field 'm': .*it has box, n, weight"),
+    ({"wieght": 5}, InvalidEvent, r"no field 'wieght': did you mean weight\?"),
+    ({"weight": math.nan}, InvalidEvent, "NaN and Infinity cannot"),
+    ({"box": "\ud800"}, InvalidEvent, "not UTF-8"),
+    (
+        {"box": box_of(1)},
+        InvalidEvent,
+        "belongs to partition 1, not here: publish it as a new event",
+    ),
+    (lambda _: Stamped(n=1), InvalidEvent, "is a mail.posted and cannot become a mail.stamped"),
+    (lambda _: Posted(box=box_of(1)), InvalidEvent, "belongs to partition 1"),
+    (lambda _: 5, InvalidEvent, "an edit gives an event, a mapping .*, not int"),
+    (lambda _: "n", InvalidEvent, "not str"),
+    (raising, LookupError, "mine"),
+]
+
+
+@pytest.mark.parametrize(("edit", "error", "message"), BAD_EDITS, ids=shown)
+async def test_an_edit_that_is_not_valid_is_told_and_sends_nothing(
+    valkey: Bus, edit: Any, error: type[Exception], message: str
+) -> None:
+    (letter_id,) = await bury(valkey, 1)
+    before = await valkey.redis.xrange(DEAD)
+    with pytest.raises(error, match=message.replace("ID", letter_id)) as caught:
+        await valkey.dead_letters("index").redrive(edit=edit)
+    assert error is LookupError or letter_id in str(caught.value)
+    assert await valkey.redis.xrange(DEAD) == before
+    assert await valkey.redis.exists(INBOX) == 0
+
+
+async def test_an_event_may_not_grow_beyond_what_the_bus_takes(valkey: Bus) -> None:
+    (letter_id,) = await bury(valkey, 1)
+    async with Bus.connect(valkey.address, topics=[TOPIC], max_event_bytes=75) as small:
+        letters = small.dead_letters("index")
+        with pytest.raises(EventTooLarge, match=f"{letter_id}: .* above max_event_bytes = 75"):
+            await letters.redrive(edit={"weight": 1.2345678901234567})
+        assert (await letters.redrive(edit={"weight": 1.0})).redriven == 1
+
+
+async def test_a_class_that_refuses_its_values_is_listened_to(valkey: Bus) -> None:
+    await put(valkey, own(1, type="mail.weighed", data='{"grams":1}') | why())
+    with pytest.raises(InvalidEvent, match="less than nothing"):
+        await valkey.dead_letters("index").redrive(edit={"grams": -1})
+    assert len(await dead(valkey)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"), [("mail.unheard", "1"), ("mail.posted", "2"), (b"mail.\xff", "1")], ids=str
+)
+async def test_an_edit_that_cannot_be_checked_is_refused_and_a_plain_redrive_is_not(
+    valkey: Bus, kind: Any, version: str
+) -> None:
+    await put(valkey, own(1, type=kind, v=version) | why("newer-version"))
+    with pytest.raises(
+        UnknownEventType, match=r"mail:0/.* the edit cannot be checked: .* without an"
+    ):
+        await valkey.dead_letters("index").redrive(edit={"n": 5})
+    assert await valkey.dead_letters("index").count() == 1
+    assert (await valkey.dead_letters("index").redrive()).redriven == 1
+    ((_, entry),) = await valkey.redis.xrange(INBOX)
+    assert entry[b"v"].decode() == version
+
+
+async def test_a_letter_without_an_event_id_cannot_be_mended(valkey: Bus) -> None:
+    await put(valkey, {"type": "mail.posted", "data": "{}"} | why("undecodable"))
+    with pytest.raises(InvalidEvent, match="it has no event id: publish it as a new event"):
+        await valkey.dead_letters("index").redrive(edit={"box": box_of(0)})
+
+
+async def test_a_bad_edit_in_the_middle_leaves_it_and_those_after_it_where_they_were(
+    valkey: Bus,
+) -> None:
+    await bury(valkey, *range(250))
+
+    def edit(letter: Letter) -> Any:
+        n = letter.event.n  # type: ignore[attr-defined]
+        return {"n": "bad"} if n == 150 else {"weight": 2.0}
+
+    with pytest.raises(InvalidEvent, match="field n") as caught:
+        await valkey.dead_letters("index").redrive(edit=edit)
+    assert caught.value.__notes__ == ["100 dead letters were redriven before; run it again"]
+    assert await ns_of(valkey, INBOX) == list(range(100)), "no batch is sent in part"
+    assert await ns_of(valkey, DEAD) == list(range(100, 250))
+
+
+async def test_a_key_that_was_elsewhere_all_along_may_stay(valkey: Bus) -> None:
+    """As after the partitions were made more: a redrive is not the time to move it."""
+    await put(valkey, own(1) | why(), stream=OTHER)
+    result = await valkey.dead_letters("index").redrive(edit={"n": 2})
+    assert result.redriven == 1
+    assert await ns_of(valkey, f"{OTHER}:inbox:index") == [2]
+
+
+async def test_edited_letters_of_many_fields_go_whole(bus: Bus) -> None:
+    many = own(1) | {f"f{n}": "x" for n in range(1_500)}
+    packed = msgspec.msgpack.encode([str(w).encode() for p in many.items() for w in p])
+    await put(bus, {"deadfields": packed} | why())
+    entry = await mend(bus, {"n": 2})
+    assert json.loads(entry.pop(b"data"))["n"] == 2
+    assert len(entry) == len(many) - 1
