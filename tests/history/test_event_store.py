@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import redis
 from redis.asyncio import Redis
 
 from bus import (
@@ -416,52 +417,54 @@ async def test_a_connection_that_drops_is_no_harm(bus, server):
         assert sorted(seen) == list(range(3_000))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(120)
 def test_a_million_entries_take_a_flat_memory(valkey_url, tmp_path):
     """1e6 entries, decoded, in a process of its own: its peak stays below 80 MB."""
+    with redis.Redis.from_url(valkey_url) as client:
+        for first in range(0, 1_000_000, 50_000):
+            client.eval(FILL, 2, "bus:{plain:0}", "bus:{plain:1}", first, first + 49_999)
+        client.hset("bus:topics", "plain", '{"partitions": 2}')
     program = tmp_path / "reads.py"
     program.write_text(READS)
-    for what in ("fill", "read"):
-        done = subprocess.run(
-            [sys.executable, program, valkey_url, what],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, program, valkey_url],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
     count, total, peak_mb = map(float, done.stdout.split())
     assert (count, total) == (1_000_000, 1_000_000 * 999_999 / 2)
     assert peak_mb < 80
 
 
+FILL = """
+for n = tonumber(ARGV[1]), tonumber(ARGV[2]) do
+  redis.call('XADD', KEYS[1 + n % 2], '*', 'id', 'e' .. n, 'type', 'plain.grown', 'data',
+    '{"field":"f","n":' .. n .. ',"text":"' .. string.rep('x', 120) .. '"}', 'partitionkey', 'f')
+end
+"""
 READS = """
 import asyncio, sys
 from pathlib import Path
-from bus import Bus, Event, Topic
+from bus import Bus, Event
 
 class Grown(Event, type="plain.grown", key="field"):
     field: str
     n: int
-    text: str = "x" * 120
+    text: str
 
-async def main(url, what):
-    topics = [Topic("plain", partitions=2, maxlen=3_000_000, keep=2_000_000)]
-    async with Bus.connect(url, topics=topics) as bus:
-        if what == "fill":
-            for first in range(0, 1_000_000, 5_000):
-                await bus.publish_many(
-                    [Grown(field=str(n % 9), n=n) for n in range(first, first + 5_000)]
-                )
-            return
-        count = total = 0
+async def main(url):
+    count = total = 0
+    async with Bus.connect(url) as bus:
         async for envelope in bus.history("plain"):
             count += 1
             total += envelope.event.n
-        # Not ru_maxrss: that begins with what the parent had.
-        status = Path("/proc/self/status").read_text()
-        print(count, total, int(status.partition("VmHWM:")[2].split()[0]) / 1024)
+    # Not ru_maxrss: that begins with what the parent had.
+    status = Path("/proc/self/status").read_text()
+    print(count, total, int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 asyncio.run(main(*sys.argv[1:]))
 """
