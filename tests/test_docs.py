@@ -78,6 +78,24 @@ def test_receipts_are_replayed_into_their_group(valkey_url: str, tmp_path: Path)
     ]
 
 
+def test_a_dead_letter_is_mended_and_redriven(valkey_url: str, tmp_path: Path) -> None:
+    code = blocks(README)
+    hello = code["hello"].replace("    print(f", "    assert event.cents >= 0, event\n    print(f")
+    hello = hello.replace('group="receipts"', 'group="receipts", max_attempts=1, breaker=None')
+    hello = hello.replace("cents=1250", "cents=-1")
+    drained = "await worker.drained(timeout_s=10)\n"
+    assert drained in hello
+    hello = hello.replace(drained, f"{drained}            await mend(bus)\n            {drained}")
+    top, _, main = hello.partition("async def main")
+    mend = code["dead"].replace("ValueError*", "AssertionError*")
+    script = tmp_path / "mend.py"
+    script.write_text(top + mend + "\n\nasync def main" + main, encoding="utf-8")
+    found, *rest = sorted(run(script, valkey_url).splitlines(), reverse=True)
+    assert (found, rest) == ("receipt for o-1: 0.00", rest)
+    assert "1" in rest
+    assert any("OrderPaid(order_id='o-1', cents=-1)" in line for line in rest)
+
+
 def test_the_batch_handler_adds_up_what_it_did_not_reject(valkey_url: str, tmp_path: Path) -> None:
     code = blocks(README)
     hello = code["hello"].replace("import Bus,", "import Bus, Delivery,")
