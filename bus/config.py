@@ -58,6 +58,9 @@ UNKNOWN_TYPE_MAX_AGE_S = 86_400.0  # ...for a day after it was published
 SWEEP_S = 1.0  # safety net for retries and crashed workers
 SWEEP_LEASE_MS = 2_000
 JANITOR_S = 30.0
+# A consumer that keeps no lease serves its group if it was heard of within this time: far above the
+# usual BLOCK of a reader, and soon enough for a group that nobody reads any more.
+HEARD_OF_MS = 60_000
 TOPICS_S = 5.0  # how soon new partitions are read, and a lost topic record is written again
 VERDICTS_PER_CALL = 500  # bounds how long one script keeps the server busy
 PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is above

@@ -13,7 +13,7 @@ from bus.config import BLOCK_MS, READ_BYTES, READ_COUNT
 from bus.errors import BusClosed, BusError
 from bus.history.batch import Batch, size_of
 from bus.history.patience import patiently
-from bus.history.place import Gap, Place, order
+from bus.history.place import Gap, Place, order, reaches
 from bus.history.proof import Proofs
 from bus.history.seat import Seat
 from bus.sender import is_transient
@@ -308,8 +308,9 @@ class Hub:
         return broken
 
     def _compare(self, stream: str, followed: _Followed, extent: Extent | None) -> None:
-        proof, gaps = self._proofs.pop(stream), []
-        if proof is not None and extent is not None and order(extent.first) > order(proof.after):
+        gaps = []
+        proof = self._proofs.pop(stream)
+        if proof is not None and extent is not None and not reaches(extent, proof.after):
             gaps.append(Gap(stream, proof.after, proof.first, followed.place.at))
         gap = followed.place.check(stream, extent)
         if gap is not None:

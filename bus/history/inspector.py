@@ -10,9 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from bus.config import checked_name
+from bus.config import HEARD_OF_MS, checked_name
 from bus.errors import DeclarationError, PermissionDenied
-from bus.history.backlog import STREAMS_AT_ONCE, appends_per_s, name_of, seconds_left
+from bus.history.backlog import (
+    STREAMS_AT_ONCE,
+    appends_per_s,
+    name_of,
+    seconds_left,
+)
 from bus.history.snapshot import (
     ConsumerSnapshot,
     GroupSnapshot,
@@ -30,7 +35,6 @@ from bus.streams.overview import GroupLook, StreamLook, overview, server_look
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
 
-HEARD_OF_MS = 60_000  # as `worker/janitor.py` has it: far above the usual BLOCK of a reader
 RATED_MS = 5_000  # what comes in so long tells how fast a stream grows...
 RATED_LEAST_MS = 1_000  # ...and what comes in less than this does not
 REMEMBERED_MS = 600_000  # what a counter was longer ago says little about now

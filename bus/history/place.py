@@ -14,6 +14,11 @@ def order(entry_id: bytes) -> tuple[int, int]:
     return int(ms), int(sequence or 0)
 
 
+def reaches(extent: Extent, entry_id: bytes) -> bool:
+    """Return whether a stream has entries so old that this one can only have been deleted alone."""
+    return bool(extent.first) and order(extent.first) <= order(entry_id)
+
+
 class Gap(NamedTuple):
     """Entries may have been missed: the one at which a reader stood is gone, and older ones, too.
 
@@ -74,10 +79,11 @@ class Place:
             return self._lost(stream, extent, START if gone else extent.last)
         if not extent.first and last > here:
             return self._lost(stream, extent, extent.last)
-        if extent.first and order(extent.first) > here and not (self.shared and extent.whole):
+        if reaches(extent, self.at):
+            return None
+        if extent.first and not (self.shared and extent.whole):
             return self._lost(stream, extent, self.at)
-        if not extent.first or order(extent.first) > here:
-            self.met = False  # it went after it was read, or was never here: nothing is missing
+        self.met = False  # it went after it was read, or was never here: nothing is missing
         return None
 
     def renewed(self, stream: str, first: bytes) -> Gap | None:

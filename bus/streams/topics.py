@@ -157,8 +157,8 @@ class TopicTable:
     async def existing(self, name: str) -> Record:
         """Return what holds for a topic that somebody has declared, used, or has events of.
 
-        HGET, and for a topic that is not recorded XLEN. Errors: DeclarationError for a bad name;
-        UnknownTopic, which says what there is.
+        HGET, and for a topic that is not recorded TYPE: its stream may have groups and no entry.
+        Errors: DeclarationError for a bad name; UnknownTopic, which says what there is.
         """
         standing = await self._store.topic_record(checked_name(name, "topic name"))
         if standing:
@@ -166,8 +166,8 @@ class TopicTable:
         if name in self._declared:
             return Record.of(self._declared[name])
         if name not in {info.topic for info in known_events()}:
-            (length,) = await self._store.lengths([keys.stream(name, 0)])
-            if length == 0:
+            kind = await self._store.type_of(keys.stream(name, 0))
+            if kind == b"none":
                 raise UnknownTopic(_no_such_topic(name, list(await self.known())))
         return Record(1, implicit=True)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from bus.config import UNSERVED_SHARE
+from bus.config import HEARD_OF_MS, UNSERVED_SHARE
 from bus.errors import AuthenticationFailed, BusClosed, BusError, ServerUnreachable
 from bus.shortage import tell_lost
 from bus.streams import keys
@@ -22,9 +22,6 @@ from bus.worker.consumer import Consumer
 from bus.worker.pressure import TURN_MS, share_used
 
 _RETAINED_PER_CALL = 4_000  # a call that trims so many may have left more
-# A consumer that keeps no lease serves its group if it was heard of within this time: far above the
-# usual BLOCK of a reader, and soon enough for a group that nobody reads any more.
-_HEARD_OF_MS = 60_000
 
 
 class _Share(Protocol):
@@ -223,7 +220,7 @@ def _read_by_others(survey: Survey) -> set[str]:
         group
         for (_, group), consumers in survey.consumers.items()
         for name, _, idle_ms in consumers
-        if idle_ms < _HEARD_OF_MS and name not in survey.listed and keys.lane_due_ms(name) is None
+        if idle_ms < HEARD_OF_MS and name not in survey.listed and keys.lane_due_ms(name) is None
     }
 
 

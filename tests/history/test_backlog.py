@@ -581,6 +581,13 @@ async def test_a_topic_that_never_was_is_unknown(bus, server):
     assert ask(server, "EXISTS", "bus:topics", "bus:{queu:0}") == b":0\r\n"
 
 
+async def test_a_topic_is_known_by_its_groups_before_anything_was_published(bus, redis):
+    """A worker's janitor names who is left alone, also where nobody has recorded the topic."""
+    await group(redis, stream="bus:{waited:0}")
+    assert [g.group for g in (await bus.backlog("waited")).groups] == ["index"]
+    assert (await bus.inspect(["waited"])).topic("waited").group("index").total == 0
+
+
 async def test_a_topic_that_was_only_declared(bus, server):
     backlog = await bus.backlog("queue")
     stream = StreamBacklog("bus:{queue:0}", 0, 100_000, 100, 100_000, (), None, None, None)

@@ -921,12 +921,27 @@ async def test_trimming_that_takes_only_what_was_read_is_no_gap(bus, server, wat
                 ask(server, "XTRIM", FIRST, "MAXLEN", "2")
         # What lies idle may be trimmed altogether, as by retention.
         waiting = asyncio.create_task(numbers(tail, 1))
+        await eventually(lambda: not bus._hub._proofs.streams)
         ask(server, "XTRIM", FIRST, "MAXLEN", "0")
         await eventually(lambda: not bus._hub._followed[FIRST].place.met)
         await bus.publish(Said(n=30))
         assert await waiting == [30]
         assert await nothing_comes(tail)
         assert tail.gaps == 0
+
+
+async def test_a_stream_that_is_emptied_as_soon_as_it_was_read_goes_on(bus, server) -> None:
+    async with bus.tail("tailedone") as tail:
+        await bus.publish(Said(n=0))
+        assert await numbers(tail, 1) == [0]
+        fields: dict[Any, Any] = {"id": "i", "type": "tailedone.said"}
+        for n in range(1, 20):
+            await eventually(lambda: blocked(server))
+            async with bus.redis.pipeline(transaction=False) as pipe:
+                pipe.xadd(FIRST, {**fields, "data": f'{{"n":{n}}}'})
+                pipe.xtrim(FIRST, maxlen=0)
+                await pipe.execute()
+            assert await numbers(tail, 1) == [n]
 
 
 async def test_one_id_for_several_streams_is_no_gap_in_those_it_is_not_of(bus, server) -> None:

@@ -234,7 +234,7 @@ async def test_a_group_that_a_consumer_without_a_lease_reads_is_served(
         await bus.publish(Asked(n=1))
         await backend.redis.xreadgroup("foreign", "stranger", {STREAM: ">"})
         assert await told(bus) == {"parked", "crashed"}
-        monkeypatch.setattr(janitor, "_HEARD_OF_MS", 50)
+        monkeypatch.setattr(janitor, "HEARD_OF_MS", 50)
         await asyncio.sleep(0.1)
         assert await told(bus) == {"parked", "crashed", "foreign"}
 
