@@ -52,9 +52,10 @@ from bus.history.backlog import Backlog
 from bus.history.dead_letters import DeadLetters, Purged
 from bus.history.letter import Letter
 from bus.history.redrive import Redriven
-from bus.history.replay import Progress, Replayed
+from bus.history.replay import Replayed
 from bus.history.snapshot import Snapshot
 from bus.history.tail import Tail
+from bus.history.wanted import Progress
 from bus.publisher import Receipt
 from bus.reply import Condition, Reply
 from bus.topic import Topic

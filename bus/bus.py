@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -23,10 +23,11 @@ from bus.history.event_store import history
 from bus.history.hub import Hub
 from bus.history.inspector import Inspector
 from bus.history.position import Position
-from bus.history.replay import OnProgress, Replayed, Wanted, replay
+from bus.history.replay import Replayed, replay
 from bus.history.selection import Predicate, Selection, Types
 from bus.history.snapshot import Snapshot
 from bus.history.tail import After, Tail
+from bus.history.wanted import OnProgress, Wanted
 from bus.publisher import Publisher, Receipt
 from bus.streams.address import parse_url
 from bus.streams.codec import Headers
@@ -252,7 +253,7 @@ class Bus:
         where: Predicate | None = None,
         limit: int | None = None,
         reverse: bool = False,
-    ) -> AsyncIterator[Envelope]:
+    ) -> AsyncGenerator[Envelope, None]:
         """Iterate over what is kept of `topic`, in the order of entry ids over all partitions.
 
         since, until: both included; an entry id, ms, datetime, ISO 8601, "@-2h", "start", "end".
@@ -266,7 +267,15 @@ class Bus:
         """
         selection = Selection(types, key, where)
         return history(
-            self.store, self.topics, topic, since, until, selection, limit=limit, reverse=reverse
+            self.store,
+            self.topics,
+            self.telemetry,
+            topic,
+            since,
+            until,
+            selection,
+            limit=limit,
+            reverse=reverse,
         )
 
     def tail(
@@ -353,9 +362,11 @@ class Bus:
         since, until: fixed as it begins. limit: events at most. rate: events a second at most.
         dry_run: counts, and gives a sample. progress: called with a `Progress`, 5 times a second.
         checkpoint: a file that is made; the same call goes on from it, also after a kill, and
-            puts nothing twice into an inbox (the last event may come to a function again).
+            puts nothing twice into an inbox, nor publishes it twice (a function may be given the
+            events of the last half second again).
         XRANGE of 500; then one script per batch and stream, a transaction, or a call. While an
-        inbox holds half of the room between keep and maxlen, or a stream is full, it waits.
+        inbox holds half of the room between keep and maxlen, a stream is full, or the server uses
+        90 % of its maxmemory, it waits.
         Errors: DeclarationError, UnknownTopic, UnknownGroup; CheckpointError; ServerError.
         """
         wanted = Wanted(

@@ -67,7 +67,8 @@ PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is abo
 
 # --- looking back
 FIRST_PAGE = 32  # entries: most who look want few, and how large they are is not known yet
-LOOK_PATIENCE_S = 5.0  # what only reads is asked again for so long: a connection may drop
+LOOK_PATIENCE_S = 15.0  # what only reads is asked again for so long: a few replies that hang
+PAGE_LEAST_BYTES = 128 * 1024  # aim per page of one partition of many; else READ_BYTES are shared
 TAIL_ENTRIES = 2_000  # may lie unread before a tail, four full reads; then it reads by itself...
 TAIL_BYTES = 2 * 1024 * 1024  # ...the same bound for large events
 
@@ -75,6 +76,8 @@ THROTTLE_S = 0.1  # a rate is kept in steps of this length: even, and not one by
 INBOX_SHARE = (
     2  # replays fill an inbox to half of what may be moved there: the rest is for the live
 )
+CROWDED_SHARE = 0.9  # of maxmemory: above it replays wait, so that publishers still can
+CROWDED_LOOK_S = 1.0
 REPLAY_MEMORY_S = 30 * 86_400  # a replay that was killed can be gone on with for so long
 REPLAY_OVER_S = 86_400  # ...and one that is over is remembered for so long
 REPLAY_PATIENCE_S = 60.0  # for a server that is away or refuses; then the checkpoint stands

@@ -105,9 +105,17 @@ class Effects:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {len(self.commands)} commands>"
 
-    def finally_set(self, key: str, value: str, ttl_ms: int) -> None:
+    def finally_set(self, key: str, value: str, ttl_ms: int, when: Condition | None = None) -> None:
         """Have the bus's own key set when all other effects have been applied."""
-        self.last_key, self.last = key, _pack(((), ("SET", key, value, "PX", str(ttl_ms))))
+        tests = () if when is None else self._tests(when)
+        self.last_key, self.last = key, _pack((tests, ("SET", key, value, "PX", str(ttl_ms))))
+
+    def own(self, key: str) -> Reply:
+        """Read the bus's own key, so that others can depend on it. GET."""
+        self._scope.join(key)
+        self.keys[key] = "string"
+        self.types += (key, "string")
+        return self._append((), ["GET", key])
 
     def join(self, stream: str) -> None:
         """Accept the stream of a published event. Errors: InvalidEffect, of another slot."""
@@ -416,5 +424,5 @@ def _binaries(
     return tuple((command, sign * at, value) for at, value in places if isinstance(value, bytes))
 
 
-_OTHERS = ("join", "finally_set", "key", "close", "answered", "reply")
+_OTHERS = ("join", "finally_set", "own", "key", "close", "answered", "reply")
 _NAMES = [n for n, v in vars(Effects).items() if callable(v) and n[0] != "_" and n not in _OTHERS]

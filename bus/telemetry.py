@@ -151,6 +151,21 @@ EVENTS: dict[str, Emitted] = {
         "on_dead raised, was cut off, or not called as the worker stopped; the dead letter stays",
     ),
     # looking back
+    "history.gap": Emitted(
+        _W,
+        ("stream", "after", "first"),
+        "what was read last is trimmed by now: entries between it and `first` may be missing",
+    ),
+    "replay.rewound": Emitted(
+        _W,
+        ("run", "topic", "to"),
+        "the server knows less of the run than it said, or somebody else is at it: goes on there",
+    ),
+    "replay.failed": Emitted(
+        _E,
+        ("run", "topic", "to", "replayed", "error_type", "error"),
+        "ended by an error; the checkpoint, if there is one, stands",
+    ),
     "replay.started": Emitted(_I, ("run", "topic", "to"), "a replay reads from now on"),
     "replay.waits": Emitted(
         _W, ("run", "stream", "to"), "no room where it goes; said once until something is taken"

@@ -5,15 +5,18 @@ server itself remembers, in the step that puts it there; the file only says by w
 """
 
 import os
-from contextlib import suppress
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from bus.errors import CheckpointError
 
 _FORMAT = 1
+_Id = Annotated[str, msgspec.Meta(pattern=r"^(\d{1,20}-\d{1,20})?$")]
 
 
 class Place(msgspec.Struct):
@@ -23,10 +26,10 @@ class Place(msgspec.Struct):
     was looked at, and what was asked for is done. done: the last that was replayed.
     """
 
-    first: str
-    last: str
-    read: str = ""
-    done: str = ""
+    first: _Id
+    last: _Id
+    read: _Id = ""
+    done: _Id = ""
 
 
 class Counts(msgspec.Struct):
@@ -37,6 +40,7 @@ class Counts(msgspec.Struct):
     replayed: int = 0
     unreadable: int = 0
     gone: int = 0
+    gaps: int = 0
 
 
 class Saved(msgspec.Struct):
@@ -90,17 +94,45 @@ class Checkpoint:
             )
         return saved
 
+    def begin(self, saved: Saved) -> bool:
+        """Write the file for the first time; return False if somebody else has begun meanwhile.
+
+        Errors: CheckpointError.
+        """
+        if self._path is None:
+            return True
+        with self._written(saved) as beside:
+            try:
+                os.link(beside, self._path)
+            except FileExistsError:
+                return False
+            finally:
+                beside.unlink()
+        return True
+
     def save(self, saved: Saved) -> None:
         """Write the file anew, and see to it that it is on the disk. Errors: CheckpointError."""
-        if self._path is None:
-            return
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}.new")
+        if self._path is not None:
+            with self._written(saved) as beside:
+                beside.replace(self._path)
+
+    @contextmanager
+    def _written(self, saved: Saved) -> Iterator[Path]:
+        """Write a file beside ours, whole and on the disk, to be put in its place."""
+        assert self._path is not None
+        # A name that nobody else has, also on another machine that shares the folder.
+        beside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(4)}.new")
         try:
-            with beside.open("wb") as file:
+            with beside.open("xb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(saved)) + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(self._path)
+            yield beside
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
         except OSError as error:
             with suppress(OSError):
                 beside.unlink()

@@ -1,16 +1,25 @@
 """Where a replay goes: into one handler's inbox, to a function in this program, or out again."""
 
+import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from bus.config import READ_COUNT, REPLAY_MEMORY_S, REPLAY_PATIENCE_S, checked_name
+from bus.config import (
+    CROWDED_LOOK_S,
+    CROWDED_SHARE,
+    READ_COUNT,
+    REPLAY_MEMORY_S,
+    REPLAY_PATIENCE_S,
+    checked_name,
+)
 from bus.delivery import Delivery, Origin, current_delivery
 from bus.errors import (
     BusError,
     DeclarationError,
+    InvalidEffect,
     InvalidEvent,
     PublishUnknown,
     StreamFull,
@@ -20,6 +29,7 @@ from bus.errors import (
 from bus.handler import Handler
 from bus.history.event_store import envelope_of
 from bus.history.patience import patiently
+from bus.reply import Condition
 from bus.signature import checked_signature
 from bus.streams import keys
 from bus.streams.answers import RawEntry
@@ -41,6 +51,10 @@ class Outcome(NamedTuple):
     left: Sequence[RawEntry] = ()
 
 
+class OutOfStep(Exception):
+    """The server knows less than it said, or more: it went back, or somebody is at it, too."""
+
+
 class Destination:
     """Takes what is replayed, batch by batch, each of one stream and in its order.
 
@@ -58,7 +72,7 @@ class Destination:
         return True
 
     async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
-        """Take a batch, each entry once per run if the server remembers it."""
+        """Take a batch, each entry once per run if the server remembers it. Errors: OutOfStep."""
         raise NotImplementedError
 
     async def recall(self, run: str, streams: Sequence[str]) -> Memory | None:  # noqa: ARG002
@@ -74,17 +88,29 @@ class _OnServer(Destination):
 
     def __init__(self, store: StreamStore) -> None:
         self._store = store
-        self._totals: dict[str, int] = {}
+        self._known: Memory = {}  # as the server said last
+        self._crowded = False
+        self._look_at_s = 0.0  # loop time
 
     async def recall(self, run: str, streams: Sequence[str]) -> Memory | None:
         """Ask how far a run has come. GET each."""
-        memory = await patiently(lambda: self._store.archive.replayed(streams, run))
-        self._totals = {stream: total for stream, (_, total) in memory.items()}
-        return memory
+        self._known = await patiently(
+            lambda: self._store.archive.replayed(streams, run), REPLAY_PATIENCE_S
+        )
+        return dict(self._known)
 
     async def forget(self, run: str, streams: Sequence[str], after_s: int) -> None:
         """Forget it. EXPIRE each."""
         await patiently(lambda: self._store.archive.forget_replay(streams, run, after_s))
+
+    async def crowded(self) -> bool:
+        """Return whether the server's memory is nearly full; looks once a second. INFO."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._look_at_s:
+            self._look_at_s = now + CROWDED_LOOK_S
+            share = await patiently(self._store.archive.memory_share, REPLAY_PATIENCE_S)
+            self._crowded = share > CROWDED_SHARE
+        return self._crowded
 
 
 class IntoInbox(_OnServer):
@@ -115,19 +141,24 @@ class IntoInbox(_OnServer):
 
     async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
         """Copy entries into the inbox of one stream, on the server. `replay.lua`."""
+        if await self.crowded():
+            return Outcome(0, left=entries)
         ids = [entry_id for entry_id, _ in entries]
+        known, before = self._known.get(stream, (b"", 0))
         answer = await patiently(
             lambda: self._store.archive.replay(
-                stream, self._group, run, self._room, REPLAY_MEMORY_S, ids
+                stream, self._group, run, known, self._room, REPLAY_MEMORY_S, ids
             ),
             REPLAY_PATIENCE_S,
             lambda error: _tell_retried(self._telemetry, run, stream, error),
         )
-        # By the total: a call whose answer was lost may have copied some of them.
-        replayed = answer.total - self._totals.get(stream, 0)
-        self._totals[stream] = answer.total
-        # All of them again: the server passes over what it has copied.
-        return Outcome(replayed, answer.gone, left=entries if answer.full else ())
+        if answer is None:
+            raise OutOfStep
+        if answer.last:
+            self._known[stream] = answer.last, answer.total
+        # By the total: a call whose answer was lost may have copied some of them. If it is full all
+        # of them are put again: the server passes over what it has copied.
+        return Outcome(answer.total - before, answer.gone, left=entries if answer.full else ())
 
 
 class ToFunction(Destination):
@@ -220,49 +251,79 @@ class ToBus(_OnServer):
         self._bus = bus
         self._telemetry = telemetry
 
-    async def check(self, streams: Sequence[str], record: Record) -> None:  # noqa: ARG002
-        """See to it that a batch can fit."""
-        self.most = max(1, min(self.most, (record.maxlen - record.keep) // 2))
-
     async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
-        """Publish a batch, and remember it in the same step. A transaction."""
+        """Publish a batch, and remember it in the same step, or less of it. Transactions."""
+        if await self.crowded():
+            return Outcome(0, left=entries)
+        replayed = unreadable = at = 0
+        while at < len(entries):
+            part = entries[at : at + self.most]
+            try:
+                published = await self._publish(run, stream, part)
+            except StreamFull:
+                return Outcome(replayed, unreadable=unreadable, left=entries[at:])
+            except (InvalidEvent, InvalidEffect) as error:
+                # Together they are more than the topic takes at once, or than one step may be.
+                if len(part) > 1:
+                    self.most = len(part) // 2
+                    continue
+                tell_unreadable(self._telemetry, stream, part[0][0], error)
+                published = await self._publish(run, stream, part, skip=True)
+            replayed += published
+            unreadable += len(part) - published
+            at += len(part)
+        return Outcome(replayed, unreadable=unreadable)
+
+    async def _publish(
+        self, run: str, stream: str, entries: Sequence[RawEntry], *, skip: bool = False
+    ) -> int:
+        """Publish in one step what can be; return how many. skip: none, but remember them.
+
+        Only if the server knows what we think: of two who are at it one finds that it moved.
+        Errors: StreamFull, InvalidEvent, InvalidEffect; OutOfStep.
+        """
+        memory = keys.replay(stream, run)
+        last, total = self._known.get(stream, (b"", 0))
         change = self._bus.transaction()
-        last = entries[-1][0].decode()
         try:
             async with change:
-                for entry in entries:
-                    self._publish(change, run, stream, entry)
+                was = change.own(memory)
+                same = was.equals(f"{last.decode()} {total}") if last else was.missing()
+                for entry in entries if not skip else ():
+                    self._add(change, run, stream, entry, same)
                 sent = len(change.sent)
-                if not sent:
-                    return Outcome(0, unreadable=len(entries))
-                total = self._totals.get(stream, 0) + sent
-                memory = keys.replay(stream, run)
-                change.finally_set(memory, f"{last} {total}", REPLAY_MEMORY_S * 1000)
-        except StreamFull:
-            return Outcome(0, left=entries)
+                known = entries[-1][0], total + sent
+                change.finally_set(
+                    memory, f"{known[0].decode()} {known[1]}", REPLAY_MEMORY_S * 1000, same
+                )
         except PublishUnknown as error:
             _tell_retried(self._telemetry, run, stream, error)
-            known = (await self._store.archive.replayed([stream], run)).get(stream)
-            if known is None or known[1] != total:
-                return Outcome(0, left=entries)
-        self._totals[stream] = total
-        return Outcome(sent, unreadable=len(entries) - sent)
+            raise OutOfStep from None
+        if was.value != (f"{last.decode()} {total}".encode() if last else None):
+            raise OutOfStep
+        self._known[stream] = known
+        return sent
 
-    def _publish(self, change: Transaction, run: str, stream: str, entry: RawEntry) -> None:
+    def _add(
+        self, change: Transaction, run: str, stream: str, entry: RawEntry, when: Condition
+    ) -> None:
         envelope = envelope_of(stream, entry)
         try:
-            change.publish(
-                envelope.event,
-                event_id=_new_id(run, stream, envelope.entry_id),
-                time=envelope.time,
-                source=envelope.source,
-                correlation_id=envelope.correlation_id or envelope.event_id,
-                causation_id=envelope.event_id,
-                traceparent=envelope.traceparent,
-                tracestate=envelope.tracestate,
-            )
-        except (Undecodable, InvalidEvent, DeclarationError) as error:
+            event = envelope.event
+        except Undecodable as error:
             tell_unreadable(self._telemetry, stream, entry[0], error)
+            return
+        change.publish(
+            event,
+            when=when,
+            event_id=_new_id(run, stream, envelope.entry_id),
+            time=envelope.time,
+            source=envelope.source,
+            correlation_id=envelope.correlation_id or envelope.event_id,
+            causation_id=envelope.event_id,
+            traceparent=envelope.traceparent,
+            tracestate=envelope.tracestate,
+        )
 
 
 def destination_of(store: StreamStore, telemetry: Telemetry, bus: Any, to: Any) -> Destination:

@@ -12,7 +12,10 @@ from tenacity import (
 )
 
 from bus.config import LOOK_PATIENCE_S
+from bus.errors import ServerUnreachable
 from bus.sender import is_transient
+from bus.streams.connection import ConnectionLost
+from bus.streams.replies import TRANSIENT, ReplyError
 
 T = TypeVar("T")
 
@@ -24,7 +27,8 @@ async def patiently(
 ) -> T:
     """Return what `ask` returns; after errors that time may heal it is asked again.
 
-    told: called with each such error. Errors: the last one, after `patience_s`; others at once.
+    told: called with each such error. Errors: after `patience_s` ServerUnreachable or
+    ServerRefused, according to the last one; others at once.
     """
 
     def tell(state: RetryCallState) -> None:
@@ -32,13 +36,20 @@ async def patiently(
         if told is not None and error is not None:
             told(error)
 
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception(is_transient),
-        stop=stop_after_delay(patience_s),
-        wait=wait_random_exponential(multiplier=0.05, max=1.0),
-        before_sleep=tell,
-        reraise=True,
-    ):
-        with attempt:
-            return await ask()
+    try:
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(is_transient),
+            stop=stop_after_delay(patience_s),
+            wait=wait_random_exponential(multiplier=0.05, max=1.0),
+            before_sleep=tell,
+            reraise=True,
+        ):
+            with attempt:
+                return await ask()
+    except ConnectionLost as error:
+        raise ServerUnreachable(str(error)) from error
+    except ReplyError as error:
+        if error.code in TRANSIENT:
+            raise error.refusal() from error
+        raise
     raise AssertionError("tenacity ends by returning or raising")

@@ -77,11 +77,10 @@ class Place:
         here, last = order(self.at), order(extent.last)
         if last < here:
             return self._lost(stream, extent, START if gone else extent.last)
-        if not extent.first and last > here:
-            return self._lost(stream, extent, extent.last)
         if reaches(extent, self.at):
             return None
-        if extent.first and not (self.shared and extent.whole):
+        if (extent.first or last > here) and not (self.shared and extent.whole):
+            # The place stays: a read that is under way may bring some of what is gone by now.
             return self._lost(stream, extent, self.at)
         self.met = False  # it went after it was read, or was never here: nothing is missing
         return None

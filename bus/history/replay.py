@@ -3,65 +3,43 @@
 A replay reads a range of a topic that is fixed when it begins, and puts what is asked for where it
 is to go, batch by batch. With a checkpoint it can be stopped or killed, and goes on where it was:
 what the destination's server has, it remembers in the step that puts it there, so that nothing is
-twice in an inbox, nor published twice. Only a function may be called again with the last event.
+twice in an inbox, nor published twice. Only a function may be called again, with the events of the
+last half second.
 """
 
 import asyncio
 import inspect
-import os
 import secrets
-from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+
+import msgspec
 
 from bus.config import (
     BATCH_BYTES,
     CHECKPOINT_S,
     PROGRESS_S,
     REPLAY_OVER_S,
+    REPLAY_PATIENCE_S,
     SAMPLE,
-    checked_number,
 )
 from bus.delivery import REPLAY, Envelope, entry_time
-from bus.errors import CheckpointError, DeclarationError, InvalidEvent, Undecodable
-from bus.history.checkpoint import Checkpoint, Counts, Place, Saved
-from bus.history.destinations import Destination, tell_unreadable
+from bus.errors import CheckpointError, InvalidEvent, Undecodable
+from bus.history.checkpoint import Checkpoint, Place, Saved
+from bus.history.destinations import Destination, OutOfStep, tell_unreadable
 from bus.history.event_store import envelope_of, merged, streams_of
 from bus.history.patience import patiently
-from bus.history.position import Position, span
-from bus.history.selection import Selection
+from bus.history.position import span
 from bus.history.throttle import Throttle
+from bus.history.wanted import Progress, Wanted
 from bus.streams.answers import RawEntry
 from bus.streams.codec import locate
-from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 from bus.telemetry import Telemetry
 
 _MOST_FIELDS = 7_000  # names and values that a script can pass on; only others write such entries
 _LOOK_EVERY = 64  # entries between two looks at the clock
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a replay is. Entries, of all its sessions.
-
-    read: looked at. matched: asked for. replayed: those of them that are where they were to go.
-    unreadable: no event of ours, or not to be decoded where it must be. gone: trimmed or deleted
-    between the look and the replay.
-    share: of the range, by time, 0 to 1. at: the time that was reached, None before the first.
-    waiting: whether there is no room where it goes.
-    """
-
-    read: int
-    matched: int
-    replayed: int
-    unreadable: int
-    gone: int
-    share: float
-    at: datetime | None
-    waiting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,51 +55,10 @@ class Replayed:
     replayed: int
     unreadable: int
     gone: int
+    gaps: int = 0
     run: str = ""
     resumed: bool = False
     sample: tuple[Envelope, ...] = ()
-
-
-OnProgress = Callable[[Progress], Awaitable[None] | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a replay was asked for; see `Bus.replay`."""
-
-    topic: str
-    since: Position
-    until: Position
-    selection: Selection
-    limit: int | None
-    rate: float | None
-    dry_run: bool
-    checkpoint: str | os.PathLike[str] | None
-    progress: OnProgress | None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None:
-            checked_number(self.limit, "limit", 1, 2**53, whole=True)
-        if self.checkpoint is not None and not isinstance(self.checkpoint, str | os.PathLike):
-            raise DeclarationError(f"checkpoint is the path of a file, not {self.checkpoint!r}")
-        if self.progress is not None and not callable(self.progress):
-            raise DeclarationError(f"progress is a function of a Progress, not {self.progress!r}")
-
-    def said(self, destination: str) -> dict[str, Any]:
-        """Return what must be the same when the replay is gone on with."""
-        where = self.selection.where
-        return {
-            "topic": self.topic,
-            "to": destination,
-            "since": None if self.since is None else str(self.since),
-            "until": None if self.until is None else str(self.until),
-            "types": self.selection.patterns,
-            "key": self.selection.key,
-            "where": None
-            if where is None
-            else getattr(where, "__qualname__", type(where).__name__),
-            "limit": self.limit,
-        }
 
 
 async def replay(
@@ -132,46 +69,35 @@ async def replay(
     destination: Destination,
 ) -> Replayed:
     """Replay what is wanted. See `Bus.replay`."""
-    try:
-        return await _replay(store, topics, telemetry, wanted, destination)
-    except ReplyError as error:
-        if error.code in TRANSIENT:
-            raise error.refusal(store.address) from None
-        raise
-
-
-async def _replay(
-    store: StreamStore,
-    topics: TopicTable,
-    telemetry: Telemetry,
-    wanted: Wanted,
-    destination: Destination,
-) -> Replayed:
     throttle = Throttle(wanted.rate)
     bounds = span(wanted.since, wanted.until)
     record = await patiently(lambda: topics.existing(wanted.topic))
     streams = streams_of(record, wanted.topic, wanted.selection.key)
     await patiently(lambda: destination.check(streams, record))
     file = Checkpoint(None if wanted.dry_run else wanted.checkpoint)
-    asked = wanted.said(destination.name)
+    asked = wanted.said(store.address, destination.name)
     saved = file.load(asked)
     resumed = saved is not None
-    if saved is None:
+    while saved is None:
         places = await _places(store, streams, *bounds)
         saved = Saved(REPLAY + secrets.token_hex(8), asked, places)
-        file.save(saved)  # the name of the run must be known before anything has it
-    elif not saved.finished:
+        # The name of the run must be known before anything has it; of two, one begins.
+        if not file.begin(saved):
+            saved = file.load(asked)
+            resumed = saved is not None
+    if resumed and not saved.finished:
         await _find_out(saved, destination)
     run = _Run(store, telemetry, wanted, destination, throttle, file, saved)
     if not saved.finished:
         await run.go()
-    counts = saved.counts
+    counts = run.counts
     return Replayed(
         counts.read,
         counts.matched,
         counts.replayed,
         counts.unreadable,
         counts.gone,
+        counts.gaps,
         "" if wanted.dry_run else saved.run,
         resumed,
         tuple(run.sample),
@@ -200,8 +126,8 @@ async def _find_out(saved: Saved, destination: Destination) -> None:
         if not last and place.done:
             raise CheckpointError(
                 f"the server no longer remembers the run {saved.run} in {stream}: it has lost its"
-                " data, or 30 days have passed. What of it is in the inbox is not known: look"
-                " there, delete the checkpoint and start over"
+                " data, or 30 days have passed. What it has of the run is not known: look there,"
+                " delete the checkpoint if there is one, and start over"
             )
         # An older one: the server was restored to what it was before, with what had been put.
         if last and (_order(last) < _order(place.done) or _order(last) > _order(place.read)):
@@ -230,7 +156,7 @@ class _Run:
         self._throttle = throttle
         self._file = file
         self._saved = saved
-        self._counts: Counts = saved.counts
+        self.counts = msgspec.structs.replace(saved.counts)  # what is held is not in the file
         self._batch: dict[str, list[RawEntry]] = {}
         self._held = self._held_bytes = 0
         self._seen: dict[str, bytes] = {}  # stream -> what was read of it, to be noted when done
@@ -248,10 +174,12 @@ class _Run:
                 "replay.started", run=saved.run, topic=wanted.topic, to=self._destination.name
             )
         try:
-            await self._read()
+            await self._read_to_the_end()
             saved.finished = not wanted.dry_run
-        finally:
             self._file.save(saved)
+        except BaseException as error:
+            self._save_after(error)
+            raise
         await self._tell()
         if not wanted.dry_run:
             # Somebody else may be at it with the same checkpoint, and not be done yet.
@@ -262,41 +190,85 @@ class _Run:
                 run=saved.run,
                 topic=wanted.topic,
                 to=self._destination.name,
-                replayed=self._counts.replayed,
-                unreadable=self._counts.unreadable,
+                replayed=self.counts.replayed,
+                unreadable=self.counts.unreadable,
                 duration_s=asyncio.get_running_loop().time() - started,
             )
 
+    async def _read_to_the_end(self) -> None:
+        """Read; if the server went back, or somebody else is at it, too, from where that is."""
+        while True:
+            try:
+                return await self._read()
+            except OutOfStep:
+                self._batch.clear()
+                self._seen.clear()
+                self._held = self._held_bytes = 0
+                await _find_out(self._saved, self._destination)
+                self.counts = msgspec.structs.replace(self._saved.counts)
+                self._telemetry.emit(
+                    "replay.rewound",
+                    run=self._saved.run,
+                    topic=self._wanted.topic,
+                    to=self._destination.name,
+                )
+
+    def _save_after(self, error: BaseException) -> None:
+        """Note how far it came before an error, which says so if that fails, too."""
+        try:
+            self._file.save(self._saved)
+        except CheckpointError as another:
+            error.add_note(str(another))
+        if not self._wanted.dry_run:
+            self._telemetry.emit(
+                "replay.failed",
+                run=self._saved.run,
+                topic=self._wanted.topic,
+                to=self._destination.name,
+                replayed=self._saved.counts.replayed,
+                error_type=type(error).__name__,
+                error=str(error),
+            )
+
     async def _read(self) -> None:
-        bounds = {
-            stream: ("(" + place.read if place.read else place.first, place.last)
-            for stream, place in self._saved.places.items()
-        }
+        places = self._saved.places
+        bounds = {stream: (place.first, place.last) for stream, place in places.items()}
+        after = {stream: place.read.encode() for stream, place in places.items() if place.read}
         most = min(self._throttle.most, self._destination.most)
         left = self._left()
         if not left:
             return
-        async for stream, entry in merged(self._store, bounds):
-            self._counts.read += 1
-            self._seen[stream] = self._last = entry[0]
-            if self._takes(stream, entry):
-                self._counts.matched += 1
-                self._hold(stream, entry)
-                if self._held >= min(most, left) or self._held_bytes >= BATCH_BYTES // 2:
-                    await self._flush()
-                    left = self._left()
-                    if not left:
-                        return
-            if self._counts.read % _LOOK_EVERY == 0:
-                await self._look_at_the_clock()
+        past = merged(
+            self._store, bounds, on_gap=self._note_gap, after=after, patience_s=REPLAY_PATIENCE_S
+        )
+        async with aclosing(past) as entries:
+            async for stream, entry in entries:
+                self.counts.read += 1
+                self._seen[stream] = self._last = entry[0]
+                if self._takes(stream, entry):
+                    self.counts.matched += 1
+                    self._hold(stream, entry)
+                    if self._held >= min(most, left) or self._held_bytes >= BATCH_BYTES // 2:
+                        await self._flush()
+                        left = self._left()
+                        if not left:
+                            return
+                if self.counts.read % _LOOK_EVERY == 0:
+                    await self._look_at_the_clock()
         await self._flush()
+
+    def _note_gap(self, stream: str, after: bytes, first: bytes) -> None:
+        self.counts.gaps += 1
+        self._telemetry.emit(
+            "history.gap", stream=stream, after=after.decode(), first=first.decode()
+        )
 
     def _left(self) -> float:
         """Return how many more may be replayed."""
-        limit, done = self._wanted.limit, self._counts.replayed
+        limit, done = self._wanted.limit, self.counts.replayed
         if limit is None:
             return float("inf")
-        return limit - (self._counts.matched if self._wanted.dry_run else done)
+        return limit - (self.counts.matched if self._wanted.dry_run else done)
 
     def _takes(self, stream: str, entry: RawEntry) -> bool:
         """Return whether an entry is asked for; what is no event, or not readable, is told."""
@@ -312,7 +284,7 @@ class _Run:
             envelope = envelope_of(stream, entry)
             taken = selection.where is None or bool(selection.where(envelope))
         except (Undecodable, InvalidEvent) as error:
-            self._counts.unreadable += 1
+            self.counts.unreadable += 1
             tell_unreadable(self._telemetry, stream, entry[0], error)
             return False
         if taken and self._wanted.dry_run and len(self.sample) < SAMPLE:
@@ -333,9 +305,9 @@ class _Run:
             left: list[RawEntry] = entries
             while left:
                 outcome = await self._destination.put(self._saved.run, stream, left)
-                self._counts.replayed += outcome.replayed
-                self._counts.gone += outcome.gone
-                self._counts.unreadable += outcome.unreadable
+                self.counts.replayed += outcome.replayed
+                self.counts.gone += outcome.gone
+                self.counts.unreadable += outcome.unreadable
                 if outcome.replayed:
                     self._waits = False
                 if outcome.left:
@@ -345,6 +317,7 @@ class _Run:
         for stream, entry_id in self._seen.items():
             self._saved.places[stream].read = entry_id.decode()
         self._seen.clear()
+        self._saved.counts = msgspec.structs.replace(self.counts)
         if held and not self._wanted.dry_run:
             await self._throttle.passed(held)
         await self._look_at_the_clock()
@@ -371,7 +344,7 @@ class _Run:
     async def _tell(self, *, waiting: bool = False) -> None:
         if self._wanted.progress is None:
             return
-        counts = self._counts
+        counts = self.counts
         told = self._wanted.progress(
             Progress(
                 counts.read,
@@ -379,6 +352,7 @@ class _Run:
                 counts.replayed,
                 counts.unreadable,
                 counts.gone,
+                counts.gaps,
                 self._share(),
                 entry_time(self._last) if self._last else None,
                 waiting,

@@ -89,8 +89,9 @@ class Tail:
         DeclarationError for a position that names other streams, the ServerError family, BusClosed;
         a server that is away is waited for, 5 s.
         """
-        async with self._turn:
-            await self._begin()
+        if self._drop is None or self._over or self._hub.closed:
+            async with self._turn:  # else somebody may hold it who waits for the next event
+                await self._begin()
 
     def __aiter__(self) -> Self:
         return self
@@ -196,10 +197,11 @@ class Tail:
 
     async def _refill(self) -> None:
         """Get the next batch, or come nearer to it."""
-        if not self._over:
-            await self._begin()
         if self._over:
             raise StopAsyncIteration
+        if self._drop is None or self._hub.closed:
+            await self._begin()
+            return  # others may wait for just that
         if self._next < len(self._batch.entries):
             return  # another task has seen to it
         seat = self._seat
@@ -235,7 +237,7 @@ class Tail:
             self._seat.work = work
         await asyncio.wait({work})
         self._seat.work = None
-        if work.cancelled():  # by the hub, as it closed or forgot us; the next turn says so
+        if work.cancelled() or self._over:  # the bus or the tail was closed; the next turn says so
             return
         try:
             batch = work.result()

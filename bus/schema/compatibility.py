@@ -24,6 +24,7 @@ from bus.schema.node import (
     Value,
     alternatives,
     described,
+    resolved,
 )
 
 
@@ -72,6 +73,7 @@ class _Comparison:
 
     def check(self, path: str, reader: Node, writer: Node) -> list[Problem]:
         """Return the problems of one place in the event, and of all below."""
+        reader, writer = resolved(self._reader, reader), resolved(self._writer, writer)
         pair = id(reader), id(writer)
         readers = alternatives(self._reader, reader)
         if pair in self._under_way or any(r.kind == "anything" for r in readers):
@@ -88,10 +90,11 @@ class _Comparison:
             self._under_way.discard(pair)
 
     def _written(self, node: Node) -> Iterable[Alternative]:
-        for written in alternatives(self._writer, node):
-            yield written
-            if written.kind == "number":  # Python puts an int where a float is declared
-                yield Alternative("integer", written.node)
+        options = alternatives(self._writer, node)
+        yield from options
+        # Python puts an int where a float is declared; beside an int it has to be one of those.
+        if not any(o.kind in _WHOLE[0] for o in options):
+            yield from (Alternative("integer", o.node) for o in options if o.kind == "number")
 
     def _one(
         self, path: str, readers: Sequence[Alternative], written: Alternative, changed: Problem
@@ -142,7 +145,7 @@ class _Comparison:
     def _into_listed(
         self, path: str, reader: Alternative, written: Alternative, changed: Problem
     ) -> list[Problem]:
-        if not written.values or (written.kind == "flags") != (reader.kind == "flags"):
+        if not written.values or (written.kind == "flags" and reader.kind != "flags"):
             return [changed]
         unknown = [v for v in written.values if v not in reader.values]
         if not unknown:
@@ -210,7 +213,9 @@ class _Comparison:
                 found += self.check(below, properties[name], there[name])
             elif name in required:
                 found.append(self._missing(below, name, reader, writer))
-            elif self._reader_is_new and (old := self._other_name(name, reader, writer)):
+            elif (
+                self._reader_is_new and (old := self._other_name(name, reader, writer)) is not None
+            ):
                 found.append(_maybe_renamed(below, old, name))
         if reader.additional_properties is False:
             unknown = [name for name in there if name not in properties]
@@ -309,7 +314,9 @@ class _Comparison:
         """Return the one field of the writer that the reader's `name` may have been renamed to."""
         mine, theirs = reader.properties or {}, writer.properties or {}
         words = described(self._reader, mine[name])
-        only_there = [n for n in theirs if n not in mine]
+        if name == reader.tag:
+            return None
+        only_there = [n for n in theirs if n not in mine and n != writer.tag]
         alike = [n for n in only_there if described(self._writer, theirs[n]) == words]
         return alike[0] if len(alike) == 1 else None
 

@@ -4,7 +4,8 @@ The schema is msgspec's, of the class as it travels in JSON. Into it are written
 
     x-bus            of the event: type, version, key, topic, encoding
     x-bus-type       what a text stands for: datetime, time, date, duration, uuid, decimal, bytes;
-                     `flags` for an enum whose values may be combined
+                     or a number: flags, that is members of an enum that may be combined
+    x-bus-flags      those members
     x-bus-tz         whether such a time must have a time zone
     x-bus-minBytes   bounds of bytes; minLength and maxLength are those of their text
     x-bus-maxBytes
@@ -85,6 +86,8 @@ class _Notes:
             self._written.add(name)
             node = self._parts[name]
         node.update(_facts(kind))
+        if node.get("type") == "integer":
+            node.pop("enum", None)  # of flags, which may be combined
         if (below := self._BELOW.get(type(kind))) is not None:
             below(self, node, kind)
 
@@ -115,6 +118,8 @@ class _Notes:
         tag = getattr(kind, "tag_field", None)
         if node["type"] == "array":  # whose writers leave out nothing
             told = node["prefixItems"][tag is not None :]
+            if not node["prefixItems"]:
+                del node["prefixItems"]  # JSON Schema wants one at least
         else:
             told = [node["properties"][f.encode_name] for f in kind.fields]
             node["required"] = sorted(node["required"])
@@ -197,9 +202,11 @@ def _facts(kind: Any) -> Schema:
             facts["x-bus-minBytes"] = kind.min_length
             facts["x-bus-maxBytes"] = kind.max_length
     elif isinstance(kind, inspect.EnumType) and issubclass(kind.cls, enum.Flag):
-        # Only strict ones refuse values that no member stands for.
-        strict = kind.cls._boundary_ is enum.STRICT  # type: ignore[attr-defined]
-        facts["x-bus-type"] = "flags" if strict else "integer"
+        facts["type"] = "integer"
+        # Others take values that no member stands for: any.
+        if kind.cls._boundary_ is enum.STRICT:  # type: ignore[attr-defined]
+            facts["x-bus-type"] = "flags"
+            facts["x-bus-flags"] = sorted(member.value for member in kind.cls)
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
@@ -234,7 +241,7 @@ def _key_schema(kind: Any) -> Schema:
     if isinstance(kind, inspect.LiteralType):
         return {"enum": sorted(kind.values, key=repr)}
     if isinstance(kind, inspect.EnumType):
-        return {"enum": sorted(member.value for member in kind.cls), **_facts(kind)}
+        return _facts(kind) or {"enum": sorted(member.value for member in kind.cls)}
     if type(kind) not in _KEYS:  # a tuple, for example, which only msgpack takes
         return {"x-bus-type": "other", "const": str(kind)}
     bounds = {name: getattr(kind, bound, None) for bound, name in _BOUNDS.items()}

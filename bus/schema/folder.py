@@ -108,7 +108,7 @@ def _write(path: Path, text: bytes) -> Exported:
 
 def _files(folder: Path, findings: list[Finding]) -> list[Path]:
     if folder.is_dir():
-        return sorted(folder.glob("*.json"))
+        return sorted(path for path in folder.glob("*.json") if path.is_file())
     text = "there is no such folder: run export and commit what it writes"
     findings.append(Finding("breaks", "nobody", "", 0, "", text, str(folder)))
     return []

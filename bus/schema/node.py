@@ -37,6 +37,7 @@ class Node(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     min_properties: int | None = None
     max_properties: int | None = None
     stands_for: str | None = msgspec.field(default=None, name="x-bus-type")
+    flags: tuple[int, ...] = msgspec.field(default=(), name="x-bus-flags")
     tz: bool | None = msgspec.field(default=None, name="x-bus-tz")
     min_bytes: int | None = msgspec.field(default=None, name="x-bus-minBytes")
     max_bytes: int | None = msgspec.field(default=None, name="x-bus-maxBytes")
@@ -92,18 +93,24 @@ def read_document(data: bytes) -> Document:
     return document
 
 
+def resolved(document: Document, node: Node) -> Node:
+    """Follow a reference to what it means."""
+    while node.ref is not None:
+        node = document.parts[_named(node.ref)]
+    return node
+
+
 def alternatives(document: Document, node: Node) -> list[Alternative]:
     """Return what a value of `node` may be; references are followed, unions taken apart."""
-    if node.ref is not None:
-        return alternatives(document, document.parts[_named(node.ref)])
+    node = resolved(document, node)
     if node.any_of is not None:
         return [a for option in node.any_of for a in alternatives(document, option)]
-    if node.enum is not None and node.stands_for is None and node.type is None:
+    if node.enum is not None and node.type is None:
         return list(_listed(node))
     kind = node.stands_for or node.type or "anything"
     if kind == "object" and node.properties is None:
         kind = "map"
-    return [Alternative(kind, node, node.enum or ())]
+    return [Alternative(kind, node, node.flags)]
 
 
 def described(document: Document, node: Node, *, deep: bool = True) -> str:

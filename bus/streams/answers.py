@@ -70,13 +70,14 @@ class Buried(IntEnum):
 class Copied(NamedTuple):
     """What a replay did: entries copied now, those that were gone, whether the inbox is full.
 
-    total: copied by the run in all.
+    total: copied by the run in all. last: the id up to which the server has dealt with the stream.
     """
 
     copied: int
     gone: int
     full: bool
     total: int
+    last: bytes
 
 
 class Returned(IntEnum):

@@ -3,6 +3,7 @@
 Bodies hold up neither verdicts nor publishes there. Errors of all of them as of `stream.py`.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 from bus.config import PRODUCER_MEMORY_S
@@ -46,6 +47,17 @@ class Archive:
 
     # --- replaying
 
+    async def memory_share(self) -> float:
+        """Return how much of its maxmemory the server uses, 0 if it has none or says none. INFO."""
+        (info,) = await self.look([("INFO", "memory")])
+        if not isinstance(info, bytes):
+            return 0.0
+        used, most = (
+            int(found[1]) if (found := re.search(rb"\b%s:(\d+)" % name, info)) else 0
+            for name in (b"used_memory", b"maxmemory")
+        )
+        return used / most if most else 0.0
+
     async def ends(self, streams: Sequence[str], first: str, last: str) -> list[RawEntry | None]:
         """Return the first and the last entry of each stream between two ids; None where none is.
 
@@ -63,19 +75,31 @@ class Archive:
         return found
 
     async def replay(
-        self, stream: str, group: str, run: str, most: int, memory_s: int, ids: Sequence[bytes]
-    ) -> Copied:
+        self,
+        stream: str,
+        group: str,
+        run: str,
+        known: bytes,
+        most: int,
+        memory_s: int,
+        ids: Sequence[bytes],
+    ) -> Copied | None:
         """Copy entries to a group's inbox, once per run, while it has less than `most`.
 
-        ids: rising. `replay.lua`, about 6 us of server per entry; may be repeated.
+        known: the last id that the server said it had dealt with, b"" for none. ids: rising.
+        None if the server has forgotten that: nothing was done.
+        `replay.lua`, about 6 us of server per entry; may be repeated.
         """
         target = (stream, keys.inbox(stream, group), keys.replay(stream, run))
-        args: list[Arg] = [group, run, most, memory_s, *ids]
+        args: list[Arg] = [group, run, most, memory_s, known, *ids]
         try:
-            copied, gone, full, total = await _replay.run(self._connection, target, args)
+            copied, *more = await _replay.run(self._connection, target, args)
         except ReplyError as error:
             raise error.explained(keys.inbox(stream, group)) from None
-        return Copied(copied, gone, bool(full), total)
+        if copied < 0:
+            return None
+        gone, full, total, last = more
+        return Copied(copied, gone, bool(full), total, last)
 
     async def replayed(self, streams: Sequence[str], run: str) -> dict[str, tuple[bytes, int]]:
         """Return how far a run has come: stream -> the last id and how many. GET each, one write.
@@ -93,7 +117,10 @@ class Archive:
         return found
 
     async def forget_replay(self, streams: Sequence[str], run: str, after_s: int) -> None:
-        """Forget a run that is over in so many seconds. EXPIRE each, one write."""
+        """Forget a run that is over in so many seconds. EXPIRE each, one write.
+
+        What is refused is let be: the memory has its time in any case.
+        """
         await self.look([("EXPIRE", keys.replay(s, run), after_s) for s in streams])
 
     # --- dead letters

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bus.config import MAX_DECODE_BYTES
-from bus.delivery import Delivery, Envelope, entry_time
+from bus.delivery import REDRIVE, Delivery, Envelope, entry_time
 from bus.errors import EventTooLarge, InvalidEvent, Undecodable
 from bus.event import Event, EventInfo, find
 
@@ -216,11 +216,9 @@ ENTRY_ID = re.compile(rb"\d{1,15}(-\d{1,20})?")
 
 
 def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
-    """Read the fields that an entry of an inbox has besides its own; what is missing is nothing.
-
-    They were appended: the last of equal names counts, the entry may have had such a field before.
-    """
-    found = dict(zip(fields[::2], fields[1::2], strict=False))
+    """Read the fields that an entry of an inbox has besides its own; what is missing is nothing."""
+    first, end = _inbox_part(fields)
+    found = dict(zip(fields[first:end:2], fields[first + 1 : end : 2], strict=True))
 
     def number(name: bytes) -> int:
         digits = found.get(name, b"0")
@@ -233,23 +231,41 @@ def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
 
 
 def without_inbox_fields(fields: list[bytes]) -> list[bytes]:
-    """Return the fields that the entry had before it was put into an inbox.
+    """Return the fields that the entry had before it was put into an inbox."""
+    first, end = _inbox_part(fields)
+    return [*fields[:first], *fields[end:]]
 
-    Those that were appended are the last, and each is there once: what comes before is its own.
+
+def _inbox_part(fields: list[bytes]) -> tuple[int, int]:
+    """Return where the inbox's own fields begin and end: both at the end, if there are none.
+
+    They begin with the last `origentry`, and each is there once. The entry may have had fields of
+    these names before: what comes before, and the same name again, is its own.
     """
-    end, met = len(fields), set[bytes]()
-    while end and (name := fields[end - 2]) in _INBOX_FIELDS and name not in met:
+    size = len(fields)
+    first = next((at for at in range(size - 2, -1, -2) if fields[at] == b"origentry"), size)
+    end, met = first, set[bytes]()
+    while end < size and (name := fields[end]) in _INBOX_FIELDS and name not in met:
         met.add(name)
-        end -= 2
-    return fields[:end]
+        end += 2
+    return first, end
 
 
 def run_of(delivery: Delivery[Any]) -> str:
     """Return which replay or redrive put the entry into the inbox, "" if none did."""
     if delivery.origin.stream == delivery.origin.home:
         return ""
-    found = dict(zip(delivery.fields[::2], delivery.fields[1::2], strict=False))
-    return found.get(b"run", b"").decode(errors="replace")
+    fields = delivery.fields
+    first, end = _inbox_part(fields)
+    for at in range(first, end, 2):
+        if fields[at] == b"run":
+            return fields[at + 1].decode(errors="replace")
+    return ""
+
+
+def is_redriven(delivery: Delivery[Any]) -> bool:
+    """Return whether a delivery was a dead letter; as `Delivery.redriven`, of any entry."""
+    return run_of(delivery).startswith(REDRIVE)
 
 
 def original_id(delivery: Delivery[Any]) -> bytes:

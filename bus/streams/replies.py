@@ -91,11 +91,11 @@ class ReplyError(BusError):
             )
         return self
 
-    def refusal(self, where: str) -> ServerRefused:
-        """Return the error for a server at `where` that takes no writes now."""
-        return ServerRefused(
-            f"the server at {where} refused ({self.code}){REMEDIES.get(self.code, '')}", self.code
-        )
+    def refusal(self, where: str = "") -> ServerRefused:
+        """Return the error for a server, at the address `where`, that takes no writes now."""
+        server = f"the server at {where}" if where else "the server"
+        text = f"{server} refused ({self.code}){REMEDIES.get(self.code, '')}"
+        return ServerRefused(text, self.code)
 
 
 _SAFE_TEXT = TRANSIENT | {"STALE", "WRONGTYPE", "NOGROUP", "BUSYGROUP"}

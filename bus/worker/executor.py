@@ -44,7 +44,15 @@ from bus.errors import (
 )
 from bus.event import Event, EventInfo, newest_version
 from bus.handler import Handler
-from bus.streams.codec import Located, decode, info_for, locate, original_id, plain_entry
+from bus.streams.codec import (
+    Located,
+    decode,
+    info_for,
+    is_redriven,
+    locate,
+    original_id,
+    plain_entry,
+)
 
 _TEXT_BYTES = 2_000  # of an error's message kept in a dead letter
 _TRACEBACK_BYTES = 8_000
@@ -144,7 +152,7 @@ class Executor:
             if len(self._infos) < 10_000:  # noqa: PLR2004 - foreign writers may invent types
                 self._infos[located.type, located.version] = info
         if info is None:
-            return SKIP
+            return _unasked(delivery, located)
         try:
             delivery.event = decode(info, located)
         except Undecodable as error:
@@ -302,6 +310,18 @@ class Executor:
         if delivery.attempt >= self._handler.max_attempts:
             return DeadLetter("failed", failure)
         return Park(self._handler.backoff.delay_s(delivery.attempt), failure)
+
+
+def _unasked(delivery: Delivery[Any], located: Located) -> Verdict:
+    """Return what becomes of a type the handler did not ask for: it is acked, others see to it.
+
+    Of an inbox that deletes the entry, and of a redriven one nobody else has a copy.
+    """
+    if not is_redriven(delivery):
+        return SKIP
+    kind = (located.type or b"").decode(errors="replace")
+    text = f"the handler does not ask for {kind} any more: redrive it when it does, or purge it"
+    return DeadLetter("rejected", Failure("NotAskedFor", text))
 
 
 def _succeeded(delivery: Delivery[Any]) -> Verdict:

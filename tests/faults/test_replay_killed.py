@@ -194,25 +194,46 @@ async def test_answers_are_lost_and_nothing_is_twice(
         assert past == Counter(list(range(count)) * 2)
 
 
-async def test_a_server_without_memory_is_waited_for_and_then_told(
+async def test_a_server_that_is_nearly_full_is_waited_for(
+    private_server: PrivateServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay never fills the server: publishers still can when it no longer goes on."""
+    monkeypatch.setattr(destinations, "CROWDED_LOOK_S", 0.02)
+    server = private_server()
+    await filled(server.url, 20_000)
+    async with Bus.connect(server.url) as bus, Redis.from_url(server.url) as redis:
+        witness = Witness(bus)
+        used = (await redis.info("memory"))["used_memory"]
+        ask(server, "CONFIG", "SET", "maxmemory", str(int(used * 1.25)))
+        replaying = asyncio.create_task(bus.replay("saga", to="index", rate=20_000))
+        await eventually(lambda: witness.of("replay.waits"))
+        memory = await redis.info("memory")
+        assert memory["used_memory"] < 0.97 * memory["maxmemory"]
+        assert len(await in_inboxes(redis, "index")) < 20_000
+        await bus.publish(Verse(skald="late", n=1))
+        assert witness.of("replay.retried") == []
+        ask(server, "CONFIG", "SET", "maxmemory", "0")
+        assert (await replaying).replayed == 20_000
+        assert set((await in_inboxes(redis, "index")).values()) == {1}
+
+
+async def test_a_server_that_takes_no_writes_is_told_in_the_end(
     private_server: PrivateServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replay never fills the server: what is refused waits, and the checkpoint stands."""
     monkeypatch.setattr(destinations, "REPLAY_PATIENCE_S", 0.5)
     server, path = private_server(), tmp_path / "checkpoint"
     await filled(server.url, 2_000)
     async with Bus.connect(server.url) as bus, Redis.from_url(server.url) as redis:
         witness = Witness(bus)
-        ask(server, "CONFIG", "SET", "maxmemory", "1")
-        with pytest.raises(ServerRefused, match=r"OOM.*raise maxmemory"):
+        ask(server, "REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(ServerRefused, match=r"READONLY.*check that the URL") as refused:
             await bus.replay("saga", to="index", checkpoint=path)
+        assert refused.value.code == "READONLY"
         assert witness.of("replay.retried")
-        replaying = asyncio.create_task(bus.replay("saga", to="index", checkpoint=path))
-        seen = len(witness.of("replay.retried"))
-        await eventually(lambda: len(witness.of("replay.retried")) > seen)
-        ask(server, "CONFIG", "SET", "maxmemory", "0")
-        done = await replaying
-        assert done.replayed == 2_000
+        assert len(witness.of("replay.failed")) == 1
+        ask(server, "REPLICAOF", "NO", "ONE")
+        done = await bus.replay("saga", to="index", checkpoint=path)
+        assert (done.resumed, done.replayed) == (True, 2_000)
         assert set((await in_inboxes(redis, "index")).values()) == {1}
 
 

@@ -310,6 +310,32 @@ async def test_a_server_that_hangs_is_given_up_and_found_again(
             assert tail.gaps == 0
 
 
+async def test_a_server_that_is_away_is_asked_again_with_growing_pauses(private_server) -> None:
+    server = private_server(aof=True)
+    async with Bus.connect(server.url, topics=[OTHER]) as bus:
+        witness = Witness(bus)
+        async with bus.tail("cuttailother") as live:
+            past = bus.tail("cuttailother", after="start")
+            await bus.publish_many(Aside(n=n) for n in range(600))
+            seen = [(await anext(past)).event for _ in range(100)]
+            waiting = asyncio.ensure_future(anext(live))
+            assert (await waiting).event == Aside(n=0)
+            await asyncio.to_thread(server.kill)
+            reading = asyncio.create_task(take(past, 500))
+            await eventually(lambda: len(witness.of("tail.failed")) > 4)
+            failed = len(witness.of("tail.failed"))
+            await asyncio.sleep(2.0)
+            assert 1 < len(witness.of("tail.failed")) - failed < 40
+            await asyncio.to_thread(server.restart)
+            seen += await reading
+            assert seen == [Aside(n=n) for n in range(600)]
+            assert await take(live, 599) == seen[1:]
+
+
+async def take(tail: Tail, count: int) -> list[Event]:
+    return [(await anext(tail)).event for _ in range(count)]
+
+
 async def test_a_tail_that_begins_while_the_server_is_away_waits_and_then_says_so(
     private_server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,6 +108,12 @@ async def nothing_comes(tail: Tail, for_s: float = 0.2) -> bool:
     return False
 
 
+async def a_moment() -> None:
+    """Wait for the next millisecond."""
+    before = time.time()
+    await eventually(lambda: time.time() > before + 0.002)
+
+
 def order(envelope: Envelope) -> tuple[int, ...]:
     return tuple(map(int, envelope.entry_id.split("-")))
 
@@ -170,6 +176,17 @@ async def test_a_first_wait_makes_it_ready_too(bus: Bus) -> None:
     tail = bus.tail("tailedone")
     waiting = asyncio.create_task(numbers(tail, 1))
     await eventually(lambda: tail.position)
+    await bus.publish(Said(n=1))
+    assert await waiting == [1]
+
+
+async def test_one_task_may_ask_whether_it_is_ready_while_another_waits(bus: Bus) -> None:
+    tail = bus.tail("tailedone")
+    waiting = asyncio.create_task(numbers(tail, 1))
+    for _ in range(2):
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await tail.ready()
     await bus.publish(Said(n=1))
     assert await waiting == [1]
 
@@ -531,6 +548,18 @@ async def test_a_stream_gets_its_share_of_a_read_and_more_while_others_are_still
     meeting._followed = {}
 
 
+async def test_what_was_read_for_others_is_not_taken_for_new(valkey) -> None:
+    """A stream may be left and followed again while it is read."""
+    meeting = valkey._hub
+    meeting._followed = {"s": hub._Followed(hub.Place(b"5-0"))}
+    read = [(f"{n}-0".encode(), [b"id", b"i"]) for n in (4, 5, 6, 10)]
+    assert meeting._sift({"s": b"3-0"}, [("s", read)]) == {"s": read[2:]}
+    assert meeting._sift({"s": b"5-0"}, [("s", read[2:])]) == {"s": read[2:]}
+    assert meeting._sift({"s": b"7-0"}, [("s", read[3:])]) == {}
+    assert meeting._sift({"t": b"3-0"}, [("t", read)]) == {}
+    meeting._followed = {}
+
+
 async def test_a_new_stream_does_not_wait_for_the_read_that_blocks(
     bus, server, monkeypatch
 ) -> None:
@@ -614,6 +643,33 @@ async def test_who_waits_gets_the_end_when_a_tail_is_closed(bus: Bus) -> None:
         await anext(tail)
     with pytest.raises(BusClosed, match="the tail is closed"):
         await tail.ready()
+
+
+async def test_a_tail_may_be_closed_at_any_point(valkey: Bus) -> None:
+    await valkey.publish_many(says(range(40)))
+    for turns in range(0, 240, 2):
+        tail = valkey.tail("tailedone", after="start")
+        following = asyncio.create_task(numbers(tail, 100))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await tail.aclose()
+        with pytest.raises((StopAsyncIteration, RuntimeError)):  # of a comprehension: the latter
+            await following
+        assert not valkey._hub._seats
+        assert not valkey._hub._followed
+
+
+async def test_a_tail_that_is_closed_as_it_has_caught_up_does_not_join(valkey: Bus) -> None:
+    await valkey.publish_many(says(range(40)))
+    tail = valkey.tail("tailedone", after="start")
+    await numbers(tail, 40)
+    following = asyncio.create_task(numbers(tail, 1))
+    while tail._seat.work is None or not tail._seat.work.done():  # noqa: ASYNC110 - in that very turn
+        await asyncio.sleep(0)
+    await tail.aclose()
+    with pytest.raises((StopAsyncIteration, RuntimeError)):
+        await following
+    assert not valkey._hub._followed
 
 
 async def test_a_bus_that_closes_wakes_those_who_wait(url: str) -> None:
@@ -886,8 +942,11 @@ async def test_what_is_trimmed_before_a_slow_tail_catches_up_is_told(bus, server
 
 
 @pytest.mark.parametrize("kept", [5, 700])
-async def test_what_is_trimmed_in_the_very_step_that_appends_it_is_told(bus, kept) -> None:
+async def test_what_is_trimmed_in_the_very_step_that_appends_it_is_told(
+    bus, kept, monkeypatch
+) -> None:
     """The read that waits gets only what is left, and nothing says that there was more."""
+    monkeypatch.setattr(hub, "BLOCK_MS", 30_000)  # it is told without waiting for more
     witness = Witness(bus)
     async with bus.tail("tailedone") as tail, bus.tail("tailedone") as other:
         await bus.publish(Said(n=0))
@@ -946,6 +1005,7 @@ async def test_a_stream_that_is_emptied_as_soon_as_it_was_read_goes_on(bus, serv
 
 async def test_one_id_for_several_streams_is_no_gap_in_those_it_is_not_of(bus, server) -> None:
     receipts = [await bus.publish(Ran(n=n, key="a")) for n in range(3)]
+    await a_moment()  # entries of one ms in other streams may have lower ids
     await bus.publish_many(rans(range(100, 140)))
     tail = bus.tail("tailed", after=receipts[1].entry_id)
     assert set(await numbers(tail, 41)) == {2, *range(100, 140)}
@@ -966,8 +1026,7 @@ async def test_a_stream_that_is_deleted_goes_on_with_what_comes(bus, server) -> 
         await bus.publish_many(says(range(3)))
         assert await numbers(tail, 3) == [0, 1, 2]
         ask(server, "FLUSHALL")
-        before = time.time()
-        await eventually(lambda: time.time() > before + 0.002)  # ids are times: later ones
+        await a_moment()  # ids are times: so that later ones are higher
         await bus.publish_many(says(range(10, 13)))
         assert await numbers(tail, 3) == [10, 11, 12]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bus import DeclarationError
+from bus import DeclarationError, ServerRefused, ServerUnreachable
 from bus.history.patience import patiently
 from bus.history.throttle import Throttle
 from bus.streams.connection import ConnectionLost
@@ -123,6 +123,15 @@ async def test_patience_ends() -> None:
         asked += 1
         raise ConnectionLost("cut", sent=False)
 
-    with pytest.raises(ConnectionLost):
+    with pytest.raises(ServerUnreachable, match="cut"):
         await patiently(ask, 0.2)
     assert asked > 1
+
+
+async def test_a_server_that_refuses_to_the_end_is_named_with_a_remedy() -> None:
+    async def ask() -> None:
+        raise ReplyError("OOM", "OOM command not allowed ...")
+
+    with pytest.raises(ServerRefused, match="raise maxmemory") as refused:
+        await patiently(ask, 0.1)
+    assert refused.value.code == "OOM"

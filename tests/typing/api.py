@@ -1,7 +1,7 @@
 """What a type checker must accept: never run, checked by mypy --strict (test_typing.py)."""
 
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from datetime import timedelta
 from typing import Any, assert_type
 
@@ -29,6 +29,7 @@ from bus import (
     Topic,
     Worker,
     event_handler,
+    upcast,
 )
 
 
@@ -46,6 +47,13 @@ class BookAdded(Base, type="typing.book_added", version=2, encoding="msgpack"):
     tags: tuple[str, ...] = ()
 
 
+@upcast(BookAdded, from_version=1)
+def name_becomes_title(data: dict[str, Any]) -> dict[str, Any]:
+    """Take the data of version 1."""
+    return {**data, "title": data["name"]}
+
+
+assert_type(name_becomes_title({})["title"], Any)
 event = BookAdded(shelf="s", title="t")
 assert_type(event, BookAdded)
 assert_type(BookAdded(title="t", shelf="s", pages=3, tags=("a",)).pages, int)
@@ -173,13 +181,13 @@ async def live() -> None:
         assert_type(receipt.entry_id, str)
         assert_type(await bus.publish_many(event for _ in range(3)), list[Receipt])
         past = bus.history("typing", since="@-2h", types=[BookAdded, "typing.*"])
-        assert_type(past, AsyncIterator[Envelope])
+        assert_type(past, AsyncGenerator[Envelope, None])
         async for envelope in past:
             assert_type(envelope.event, Event)
             assert_type(envelope.key, str | None)
         bus.history("typing", key="b", where=lambda e: e.version > 1, limit=5, reverse=True)
         done = await bus.replay(
-            "typing", to="shelve", rate=5.5, checkpoint="file", progress=lambda p: print(p.share)
+            "typing", to="shelve", rate=5.5, checkpoint="file", progress=lambda p: None
         )
         assert_type(done, Replayed)
         assert_type(done.sample, tuple[Envelope, ...])
@@ -194,7 +202,9 @@ async def live() -> None:
         assert_type(snapshot, Snapshot)
         assert_type(snapshot.topic("typing").group("shelve").oldest_age_s, float | None)
         assert_type([s.error for t in snapshot.topics for s in t.streams], list[str | None])
-        letters = bus.dead_letters("shelve", "typing", types=BookAdded, since="@-2h", reason="failed")
+        letters = bus.dead_letters(
+            "shelve", "typing", types=BookAdded, since="@-2h", reason="failed"
+        )
         assert_type(letters, DeadLetters)
         async for letter in letters:
             assert_type(letter, Letter)

@@ -3,7 +3,9 @@
 Each ignore stands for the complaint that must be there: mypy complains of one that is not needed.
 """
 
-from bus import Backoff, Bus, Delivery, Event, Worker, event_handler
+from typing import Any
+
+from bus import Backoff, Bus, Delivery, Event, Worker, event_handler, upcast
 
 
 class Loaned(Event, type="typing.loaned", key="book_id"):
@@ -47,6 +49,21 @@ async def remind_all(deliveries: list[Delivery[Loaned]]) -> None:
 
 
 event_handler(Loaned, group="g", batch="all")  # type: ignore[arg-type]
+
+
+@upcast(Loaned, from_version=1)  # type: ignore[type-var]
+async def waits(data: dict[str, Any]) -> dict[str, Any]:
+    """Is async."""
+    return data
+
+
+@upcast(Loaned, from_version=1)  # type: ignore[type-var]
+def forgets(data: dict[str, Any]) -> None:
+    """Return nothing."""
+
+
+upcast(Loaned)  # type: ignore[call-arg]  # without the version
+upcast("typing.loaned", from_version=1)  # type: ignore[arg-type]
 
 
 async def live(bus: Bus, delivery: Delivery[Loaned]) -> None:

@@ -469,6 +469,30 @@ def test_a_type_not_asked_for_is_skipped_whatever_its_data() -> None:
     assert triaged(type=b"other.thing", v=b"garbage") is SKIP
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_of_a_redrive_a_type_not_asked_for_is_a_dead_letter_again(twice: bool) -> None:
+    """The inbox deletes what is acked, and this entry is nowhere else."""
+    reader = executor(noop)
+
+    def came(run: bytes | None) -> Verdict | None:
+        entry = delivery(type=b"other.thing", data=b"garbage", origentry=b"5-0")
+        if run is not None:
+            entry.fields += [b"run", run]
+        entry.origin = Origin("g", f"{ORIGIN.home}:inbox:g", ORIGIN.home, ORIGIN.bus, envelope_of)
+        return reader.triage(entry)
+
+    if twice:  # by then it is known that the type is not asked for
+        assert reader.triage(delivery(type=b"other.thing")) is SKIP
+    verdict = came(b"redrive-1")
+    assert isinstance(verdict, DeadLetter)
+    assert (verdict.reason, verdict.error.type) == ("rejected", "NotAskedFor")
+    assert verdict.error.text.startswith("the handler does not ask for other.thing any more: ")
+    assert came(b"replay-1") is SKIP, "the stream has it"
+    assert came(None) is SKIP, "moved aside: as if it had been read from the stream"
+    own = delivery(type=b"other.thing", origentry=b"5-0", run=b"redrive-1")
+    assert reader.triage(own) is SKIP, "fields of an event, not of an inbox"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
