@@ -84,6 +84,7 @@ REPLAY_PATIENCE_S = 60.0  # for a server that is away or refuses; then the check
 CHECKPOINT_S = 0.5  # how often it is written: cheap beside what a batch takes
 REDRIVE_PATIENCE_S = 60.0  # likewise; well below PRODUCER_MEMORY_S, so that a repeat is known
 REDRIVEN_PER_CALL = 100  # dead letters, or 1 MiB of them: 1-2.5 ms of server
+REDRIVEN_VALUES = 7_000  # names and values of one: a script can pass on about 8,000
 PURGED_PER_CALL = 500
 LETTERS_PER_LOOK = 50  # dead letters fetched by id at one time; they carry bodies and tracebacks
 PROGRESS_S = 0.2

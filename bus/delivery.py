@@ -24,7 +24,8 @@ entry is still pending *and still this worker's*:
     Commit      it returned and collected effects                          effects + XACK
     Park        it raised, or said RetryLater, or the type is not known,   XCLAIM to a lane
                 or there is no room for what it publishes or its dead letter
-    DeadLetter  attempts used up, Reject, undecodable, crashed             XADD dead + XACK
+    DeadLetter  attempts used up, Reject, undecodable, crashed,            XADD dead + XACK
+                or redriven, and its type is not asked for any more
                 (effects that failed half way: by the script that applied them)
     HandBack    never started, or cut off by shutdown or an open breaker   XCLAIM to `parked:0`
 

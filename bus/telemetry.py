@@ -187,10 +187,20 @@ EVENTS: dict[str, Emitted] = {
         _I, ("run", "stream", "group", "count"), "back in the inbox of the handler that failed"
     ),
     "dead_letters.purged": Emitted(_I, ("stream", "group", "count"), "deleted, as was asked"),
+    "dead_letters.unreadable": Emitted(
+        _E,
+        ("stream", "group", "error"),
+        "left out of what was asked of all topics: the key holds another Redis type",
+    ),
     "redrive.waits": Emitted(
         _W,
         ("run", "stream", "group", "count"),
         "no room in the inbox for these; said once until a call finds room for all it brings",
+    ),
+    "redrive.unserved": Emitted(
+        _W,
+        ("run", "stream", "group"),
+        "nobody serves the group: its letters will wait in the inbox; said once a redrive",
     ),
     "redrive.retried": Emitted(
         _W,

@@ -1,36 +1,33 @@
 """The dead letters of one group: found, shown, redriven, purged, exported. See `DeadLetters`."""
 
-import asyncio
 import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple, Protocol, TypedDict, TypeVar
-
-import msgspec
+from typing import NamedTuple, TypedDict, TypeVar
 
 from bus.config import (
     LETTERS_PER_LOOK,
     PURGED_PER_CALL,
-    READ_BYTES,
     SAMPLE,
     checked_name,
     checked_number,
 )
-from bus.errors import DeclarationError, LetterGone, Undecodable, UnknownGroup
+from bus.errors import DeclarationError, LetterGone, Undecodable, UnknownGroup, WrongKeyType
 from bus.history.event_store import Found, merged
+from bus.history.export import TextFile, export
 from bus.history.letter import Letter, letter_of
 from bus.history.mend import Edit
 from bus.history.patience import patiently
 from bus.history.position import Position, span
 from bus.history.redrive import OnRedrive, Redrive, Redriven
-from bus.history.selection import Selection, Types
+from bus.history.selection import Selection, Types, checked_function, plain_answer
 from bus.streams import keys
+from bus.streams.answers import RawEntry
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
 from bus.telemetry import Telemetry
@@ -41,6 +38,7 @@ _ID = re.compile(r"(?:([^/:]+):([0-9]{1,4})/)?([0-9]{1,20}-[0-9]{1,20})")
 T = TypeVar("T")
 
 LetterPredicate = Callable[[Letter], bool]
+_Ends = tuple[str, RawEntry | None, RawEntry | None]  # stream, the first and the last
 
 
 class Filters(TypedDict, total=False):
@@ -69,13 +67,6 @@ class Purged:
     sample: tuple[Letter, ...] = ()
 
 
-class TextFile(Protocol):
-    """What can be exported to: an open text file."""
-
-    def write(self, text: str, /) -> object:
-        """Write text."""
-
-
 class Access(NamedTuple):
     """What dead letters need of a bus. address: of its server, without a password."""
 
@@ -93,11 +84,12 @@ class DeadLetters:
     what is there when it begins. XRANGE, in pages of up to 1 MiB.
 
     topic: None for all that are recorded or declared. types: event classes, names or patterns.
-    error: a shell pattern for the exception's class or its whole text, "Timeout*".
-    reason: one or several of `Letter.reason`. since, until: when they died, both included; as
-    `history`. ids: `Letter.id`, or the entry id alone. where: takes a `Letter`; what raises
-    Undecodable there is left out. reverse: the newest first.
-    Errors: DeclarationError at once; when it reads: UnknownTopic, UnknownGroup, ServerError.
+    error: a pattern for the exception's class or its whole text, "Timeout*": `*` stands for any
+    text, `?` for any character. reason: one or several of `Letter.reason`. since, until: when they
+    died, both included; as `history`. ids: `Letter.id`, or the entry id alone. where: a plain
+    function of a `Letter`; what raises Undecodable there is left out. reverse: the newest first.
+    Errors: DeclarationError at once; when it reads: UnknownTopic, UnknownGroup, ServerError. Of all
+    topics, a key of another type is left out, and told (`dead_letters.unreadable`).
     """
 
     def __init__(
@@ -122,7 +114,7 @@ class DeadLetters:
         self._selection = Selection(types, None, None)
         if error is not None and not isinstance(error, str):
             raise DeclarationError(f"error is a pattern such as 'Timeout*', not {error!r}")
-        self._error = error
+        self._error = None if error is None else error.replace("[", "[[]")  # for fnmatch
         self._reasons = _checked_reasons(reason)
         self._span = span(since, until)
         if ids is not None and (since is not None or until is not None):
@@ -130,8 +122,8 @@ class DeadLetters:
         if isinstance(ids, str):
             ids = (ids,)
         self._ids = None if ids is None else [_parsed(i, self._topic) for i in ids]
-        if where is not None and not callable(where):
-            raise DeclarationError(f"where is a function of a letter, not {where!r}")
+        if where is not None:
+            checked_function(where, "where", "a letter")
         self._where = where
         self._reverse = reverse
 
@@ -182,17 +174,23 @@ class DeadLetters:
         """Move them back into the inbox of the handler that failed, each once; nobody else sees.
 
         They come with a fresh budget of attempts and their own event and entry id, and wait for a
-        worker. While an inbox holds half of the room between keep and maxlen, it waits for more.
+        worker. It cannot be undone: try `limit=10` first. While an inbox holds half of the room
+        between keep and maxlen, it waits for more, without end: `asyncio.timeout` ends it.
 
-        edit: fields to change, by name, or a function that gives an event of the same type, such
-            changes, or None to leave a letter out. Checked against the event's class before a
-            batch is sent; the first that is not valid ends the redrive.
-        rate: a second at most. limit: letters at most. dry_run: checks and counts, gives a sample.
-        progress: called with a `Redriven`, 5 times a second at most.
-        May be killed and run again, also twice at once. `redrive.lua` for up to 100 letters or
-        1 MiB, 10-15 us of server per letter.
-        Errors: InvalidEvent and UnknownEventType for an edit, which name the letter; it, those
-        after it and those of its batch are still dead letters. ServerError, after a minute.
+        edit: fields to change, by name, or a plain function that gives an event of the same type
+            and the newest class, such changes, or None to leave a letter out. A field is replaced
+            whole; members that the class does not know go. Of a letter that cannot be read as an
+            object, or by its upcast, all fields are to be given. Checked against the event's class
+            before a batch is sent; the first that is not valid ends the redrive.
+        rate: a second at most. limit: letters that go, at most. dry_run: checks and counts, gives a
+            sample. progress: called with a `Redriven` when it begins, about 5 times a second while
+            it works, and in the end.
+        May be killed and run again, also twice at once. Before the first letter of a stream it
+        looks who serves the group; then `redrive.lua` for up to 100 letters or 1 MiB, 10-15 us of
+        server per letter.
+        Errors: UnknownGroup where the stream has no such group. InvalidEvent and UnknownEventType
+        for an edit, which name the letter; it, those after it and those of its batch are still dead
+        letters. ServerError, after a minute. A note says how many were redriven before.
         """
         job = Redrive(
             self._access.store,
@@ -214,55 +212,43 @@ class DeadLetters:
         """Delete them. XDEL of up to 500.
 
         limit: letters at most. dry_run: counts, and gives a sample. After a lost answer what is
-        no longer there counts as purged.
+        no longer there counts as purged. Errors: a note says how many were deleted before.
         """
         if limit is not None:
             checked_number(limit, "limit", 1, 2**53, whole=True)
         matched = purged = 0
         sample: list[Letter] = []
         held: dict[str, list[bytes]] = {}
-        async with aclosing(self._letters()) as letters:
-            async for letter in letters:
-                matched += 1
-                if dry_run:
-                    sample += [letter][: SAMPLE - len(sample)]
-                else:
-                    ids = held.setdefault(letter.stream, [])
-                    ids.append(letter.entry_id.encode())
-                    if len(ids) >= PURGED_PER_CALL:
-                        purged += await self._purge(letter.stream, held.pop(letter.stream))
-                if matched == limit:
-                    break
-        for each in held.items():
-            purged += await self._purge(*each)
+        try:
+            async with aclosing(self._letters()) as letters:
+                async for letter in letters:
+                    matched += 1
+                    if dry_run:
+                        sample += [letter][: SAMPLE - len(sample)]
+                    else:
+                        ids = held.setdefault(letter.stream, [])
+                        ids.append(letter.entry_id.encode())
+                        if len(ids) >= PURGED_PER_CALL:
+                            purged += await self._purge(letter.stream, held.pop(letter.stream))
+                    if matched == limit:
+                        break
+            for each in held.items():
+                purged += await self._purge(*each)
+        except Exception as error:
+            if purged:
+                error.add_note(f"{purged:,} dead letters were deleted before; run it again")
+            raise
         return Purged(matched, purged, 0 if dry_run else matched - purged, tuple(sample))
 
     async def export(self, to: str | os.PathLike[str] | TextFile) -> int:
         """Write them as JSON lines, see `Letter.as_json`; return how many. They stay.
 
-        to: a path, whose file is written anew, or an open text file.
+        to: a path, or an open text file. A file appears when it is whole, instead of any that was
+        there, and is its owner's alone (mode 0600). Errors: OSError, and those of reading: then
+        everything is as it was.
         """
-        if not isinstance(to, str | os.PathLike):
-            return await self._write(to)
-        file = await asyncio.to_thread(Path(to).open, "w", encoding="utf-8")
-        try:
-            return await self._write(file)
-        finally:
-            await asyncio.to_thread(file.close)
-
-    async def _write(self, file: TextFile) -> int:
-        count = size = 0
-        lines: list[str] = []
         async with aclosing(self._letters()) as letters:
-            async for letter in letters:
-                lines.append(msgspec.json.encode(letter.as_json()).decode() + "\n")
-                count += 1
-                size += len(lines[-1])
-                if size >= READ_BYTES:
-                    await asyncio.to_thread(file.write, "".join(lines))
-                    lines, size = [], 0
-        await asyncio.to_thread(file.write, "".join(lines))
-        return count
+            return await export(letters, to)
 
     # --- finding them
 
@@ -291,7 +277,7 @@ class DeadLetters:
         if self._where is None:
             return True
         try:
-            return bool(self._where(letter))
+            return bool(plain_answer(self._where(letter), "where"))
         except Undecodable:
             return False
 
@@ -330,14 +316,45 @@ class DeadLetters:
         streams = list(await self._records())
         there = {}
         for part in _parts(streams, _STREAMS_PER_LOOK):
-            dead = [keys.dead(s, self._group) for s in part]
-            ends = await patiently(partial(self._store.archive.ends, dead, *self._span))
-            for stream, oldest, newest in zip(part, ends[::2], ends[1::2], strict=True):
+            for stream, oldest, newest in await self._ends_of_readable(part):
                 if oldest is not None and newest is not None:
                     there[stream] = (oldest[0].decode(), newest[0].decode())
         if not there:
             await self._check_group(streams)
         return there
+
+    async def _ends_of_readable(self, streams: list[str]) -> list[_Ends]:
+        try:
+            return await self._ends(streams)
+        except WrongKeyType:
+            named = () if self._topic is None else streams
+            return await self._ends(await self._readable(streams, named))
+
+    async def _ends(self, streams: list[str]) -> list[_Ends]:
+        """Return the first and the last letter of each stream in the range."""
+        dead = [keys.dead(s, self._group) for s in streams]
+        ends = await patiently(partial(self._store.archive.ends, dead, *self._span))
+        return list(zip(streams, ends[::2], ends[1::2], strict=True))
+
+    async def _readable(self, streams: Iterable[str], named: Container[str]) -> list[str]:
+        """Return the streams whose dead letters can be read, one of which cannot; tell of others.
+
+        What somebody put where another topic's letters would be must not hide all of them.
+        named: those that were asked for by name. Errors: WrongKeyType, of one of these.
+        """
+        readable = []
+        for stream in streams:
+            try:
+                await self._ends([stream])
+            except WrongKeyType as error:
+                if stream in named:
+                    raise
+                self._access.telemetry.emit(
+                    "dead_letters.unreadable", stream=stream, group=self._group, error=str(error)
+                )
+            else:
+                readable.append(stream)
+        return readable
 
     async def _check_group(self, streams: list[str]) -> None:
         """Look whether any stream has the group, or has had dead letters of it."""
@@ -366,11 +383,20 @@ class DeadLetters:
         pairs = {(w.entry_id, s) for w in wanted for s in ([w.stream] if w.stream else streams)}
         ordered = sorted(pairs, key=lambda p: (_order(p[0]), p[1]), reverse=self._reverse)
         for part in _parts(ordered, LETTERS_PER_LOOK):
-            asked = [(keys.dead(stream, self._group), i) for i, stream in part]
-            entries = await patiently(partial(self._store.archive.fetch, asked))
-            for (_, stream), entry in zip(part, entries, strict=True):
-                if entry is not None:
-                    yield stream, entry
+            try:
+                found = await self._fetch(part)
+            except WrongKeyType:
+                named = {w.stream for w in wanted if w.stream} if self._topic is None else streams
+                readable = await self._readable({s for _, s in part}, named)
+                found = await self._fetch([p for p in part if p[1] in readable])
+            for each in found:
+                yield each
+
+    async def _fetch(self, pairs: list[tuple[str, str]]) -> list[Found]:
+        asked = [(keys.dead(stream, self._group), i) for i, stream in pairs]
+        entries = await patiently(partial(self._store.archive.fetch, asked))
+        found = zip([stream for _, stream in pairs], entries, strict=True)
+        return [(stream, entry) for stream, entry in found if entry is not None]
 
     # --- deleting them
 

@@ -15,7 +15,7 @@ from bus.config import (
     REPLAY_PATIENCE_S,
     checked_name,
 )
-from bus.delivery import Delivery, Origin, current_delivery
+from bus.delivery import Delivery, Envelope, Origin, current_delivery
 from bus.errors import (
     BusError,
     DeclarationError,
@@ -26,16 +26,16 @@ from bus.errors import (
     Undecodable,
     UnknownGroup,
 )
+from bus.event import Event, info_of
 from bus.handler import Handler
 from bus.history.event_store import envelope_of
 from bus.history.patience import patiently
-from bus.reply import Condition
 from bus.signature import checked_signature
 from bus.streams import keys
 from bus.streams.answers import RawEntry
 from bus.streams.codec import envelope_of as envelope_of_delivery
 from bus.streams.stream import StreamStore
-from bus.streams.topics import Record
+from bus.streams.topics import Record, TopicTable
 from bus.telemetry import Telemetry
 from bus.transaction import Transaction
 
@@ -231,6 +231,7 @@ class Republishes(Protocol):
     """What is needed of the bus that events are published to again."""
 
     store: StreamStore
+    topics: TopicTable
 
     @property
     def address(self) -> str:
@@ -267,6 +268,8 @@ class ToBus(_OnServer):
                 if len(part) > 1:
                     self.most = len(part) // 2
                     continue
+                if isinstance(error, InvalidEffect):
+                    raise
                 tell_unreadable(self._telemetry, stream, part[0][0], error)
                 published = await self._publish(run, stream, part, skip=True)
             replayed += published
@@ -282,17 +285,27 @@ class ToBus(_OnServer):
         Only if the server knows what we think: of two who are at it one finds that it moved.
         Errors: StreamFull, InvalidEvent, InvalidEffect; OutOfStep.
         """
+        events = [] if skip else await self._read(stream, entries)
         memory = keys.replay(stream, run)
         last, total = self._known.get(stream, (b"", 0))
+        known = entries[-1][0], total + len(events)
         change = self._bus.transaction()
         try:
             async with change:
                 was = change.own(memory)
                 same = was.equals(f"{last.decode()} {total}") if last else was.missing()
-                for entry in entries if not skip else ():
-                    self._add(change, run, stream, entry, same)
-                sent = len(change.sent)
-                known = entries[-1][0], total + sent
+                for envelope, event in events:
+                    change.publish(
+                        event,
+                        when=same,
+                        event_id=_new_id(run, stream, envelope.entry_id),
+                        time=envelope.time,
+                        source=envelope.source,
+                        correlation_id=envelope.correlation_id or envelope.event_id,
+                        causation_id=envelope.event_id,
+                        traceparent=envelope.traceparent,
+                        tracestate=envelope.tracestate,
+                    )
                 change.finally_set(
                     memory, f"{known[0].decode()} {known[1]}", REPLAY_MEMORY_S * 1000, same
                 )
@@ -302,28 +315,22 @@ class ToBus(_OnServer):
         if was.value != (f"{last.decode()} {total}".encode() if last else None):
             raise OutOfStep
         self._known[stream] = known
-        return sent
+        return len(events)
 
-    def _add(
-        self, change: Transaction, run: str, stream: str, entry: RawEntry, when: Condition
-    ) -> None:
-        envelope = envelope_of(stream, entry)
-        try:
-            event = envelope.event
-        except Undecodable as error:
-            tell_unreadable(self._telemetry, stream, entry[0], error)
-            return
-        change.publish(
-            event,
-            when=when,
-            event_id=_new_id(run, stream, envelope.entry_id),
-            time=envelope.time,
-            source=envelope.source,
-            correlation_id=envelope.correlation_id or envelope.event_id,
-            causation_id=envelope.event_id,
-            traceparent=envelope.traceparent,
-            tracestate=envelope.tracestate,
-        )
+    async def _read(self, stream: str, entries: Sequence[RawEntry]) -> list[tuple[Envelope, Event]]:
+        """Return the events that can be published. Errors: InvalidEvent, more than ever fit."""
+        events = []
+        for entry in entries:
+            envelope = envelope_of(stream, entry)
+            try:
+                events.append((envelope, envelope.event))
+            except Undecodable as error:
+                tell_unreadable(self._telemetry, stream, entry[0], error)
+        for topic in {info_of(type(event)).topic for _, event in events}:
+            record = await self._bus.topics.record(topic)
+            if len(events) > max(1, (record.maxlen - record.keep) // 2):
+                raise InvalidEvent(f"{len(events)} at once leave topic {topic} no room")
+        return events
 
 
 def destination_of(store: StreamStore, telemetry: Telemetry, bus: Any, to: Any) -> Destination:

@@ -22,6 +22,8 @@ from bus.streams.letters import opened
 class Letter:
     """A dead letter of one group. What somebody else put there may lack anything but an id.
 
+    Its repr shows whose it is and of what kind, and nothing that the application put there.
+
     id: `topic:partition/entry id`, the latter in the stream of the dead letters.
     group, stream: whose it is, and where the event was published.
     reason: `failed` (attempts used up), `rejected`, `undecodable`, `newer-version`, `crashed`,
@@ -39,14 +41,14 @@ class Letter:
     group: str
     stream: str
     reason: str
-    error: str
+    error: str = field(repr=False)
     error_type: str
     traceback: str = field(repr=False)
     attempts: int
     died_at: datetime
     published_at: datetime
     original_entry_id: str
-    applied: tuple[str, ...]
+    applied: tuple[str, ...] = field(repr=False)
     envelope: Envelope = field(compare=False)
     fields: tuple[bytes, ...] = field(repr=False)
     packed: bool = field(repr=False)

@@ -14,6 +14,7 @@ from bus.errors import (
 )
 from bus.event import Event, EventInfo, find, info_of, newest_version, step_from
 from bus.history.letter import Letter, decoded
+from bus.history.selection import checked_function, plain_answer
 from bus.streams import keys
 from bus.streams.codec import (
     MSGPACK,
@@ -23,6 +24,7 @@ from bus.streams.codec import (
     info_for,
     key_of,
     locate,
+    without_values,
 )
 
 Changes = Mapping[str, Any]
@@ -33,21 +35,28 @@ _OWN = frozenset([b"id", b"type", b"data", b"v", b"datacontenttype"])
 
 def checked_edit(edit: Edit | None) -> Edit | None:
     """Return `edit` if it is one, else raise DeclarationError."""
-    if edit is None or callable(edit) or isinstance(edit, Mapping):
+    if edit is None or isinstance(edit, Mapping):
         return edit
-    raise DeclarationError(
-        f"edit is a mapping of fields to values, or a function of a letter, not {edit!r}"
-    )
+    if not callable(edit):
+        raise DeclarationError(
+            f"edit is a mapping of fields to values, or a function of a letter, not {edit!r}"
+        )
+    checked_function(edit, "edit", "a letter")
+    return edit
 
 
 def mended(letter: Letter, edit: Edit, partitions: int, max_bytes: int) -> Fields | None:
     """Return the fields that `letter` is to have instead of its own; None to leave it out.
 
     partitions: of its topic. max_bytes: see `max_event_bytes`.
-    Errors: InvalidEvent, EventTooLarge, UnknownEventType, which name the letter; whatever `edit`
-    raises.
+    Errors: InvalidEvent, EventTooLarge, UnknownEventType, which name the letter and quote nothing
+    of it; whatever `edit` or the event's class raises, with a note that names it.
     """
-    outcome = edit(letter) if callable(edit) else edit
+    try:
+        outcome = plain_answer(edit(letter), "edit") if callable(edit) else edit
+    except Exception as error:
+        error.add_note(f"dead letter {letter.id}")
+        raise
     if outcome is None:
         return None
     try:
@@ -58,6 +67,9 @@ def mended(letter: Letter, edit: Edit, partitions: int, max_bytes: int) -> Field
         _check_place(letter, info, key, partitions)
     except (InvalidEvent, UnknownEventType) as error:
         raise type(error)(f"dead letter {letter.id}: {error}") from None
+    except Exception as error:  # of a `__post_init__`
+        error.add_note(f"dead letter {letter.id}")
+        raise
     return fields
 
 
@@ -69,17 +81,26 @@ def _event_of(letter: Letter, outcome: Any) -> Event:
             "an edit gives an event, a mapping of fields to values, or None to leave it out, not"
             f" {type(outcome).__name__}"
         )
-    kind = info_of(type(outcome)).type
-    if kind != letter.envelope.type:
+    info = info_of(type(outcome))
+    if info.type != letter.envelope.type:
         raise InvalidEvent(
-            f"it is a {letter.envelope.type} and cannot become a {kind}: publish that as a new"
-            " event, and purge this letter"
+            f"it is a {letter.envelope.type} and cannot become a {info.type}: publish that as a"
+            " new event, and purge this letter"
+        )
+    newest = newest_version(info.type)
+    if info.version < newest:
+        raise InvalidEvent(
+            f"the edit gives version {info.version} of {info.type}: give the newest,"
+            f" {find(info.type, newest).cls.__name__} (version {newest})"
         )
     return outcome
 
 
 def _changed(letter: Letter, changes: Changes) -> Event:
-    """Return its event with some fields changed, as the newest class that it can be read as."""
+    """Return its event with some fields changed, as the newest class that it can be read as.
+
+    Members that the class does not know are not part of it.
+    """
     try:
         event = letter.event
     except UnknownEventType as error:
@@ -92,11 +113,11 @@ def _changed(letter: Letter, changes: Changes) -> Event:
         try:
             values[name] = msgspec.convert(value, fields[name].type)
         except msgspec.ValidationError as error:
-            raise InvalidEvent(f"field {name}: {error}") from None
+            raise InvalidEvent(f"field {name}: {_why(error)}") from None
     try:
         return msgspec.structs.replace(event, **values)
-    except (TypeError, ValueError) as error:  # what its __post_init__ says
-        raise InvalidEvent(f"{type(error).__name__}: {error}") from None
+    except (TypeError, ValueError) as error:  # how a `__post_init__` says that it is not valid
+        raise InvalidEvent(f"its class does not take it: {_why(error)}") from None
 
 
 def _completed(letter: Letter, changes: Changes) -> Event:
@@ -105,39 +126,49 @@ def _completed(letter: Letter, changes: Changes) -> Event:
     newest = newest_version(kind)
     if not newest:
         raise _unchecked(f"no class for the type {kind!r} is known")
+    members = None
     try:
         info = info_for(located.type or b"", located.version)
+        members = _members(located, info)
     except UnknownEventType as error:
         raise _unchecked(str(error)) from None
-    except Undecodable:  # its version is no number
+    except Undecodable:  # nobody knows what its members mean
         info = find(kind, newest)
-    merged = _readable(located)
-    if info.version < newest and info.cls is find(kind, newest).cls:  # upcasts lead there
-        merged = _lifted(kind, info.version, merged) or _readable(located)
+    given = _by_name(info, changes)
     names = {f.name: f.encode_name for f in msgspec.structs.fields(info.cls)}
-    merged |= {names[n]: v for n, v in _by_name(info, changes).items()}
+    if members is None and (missing := [name for name in names if name not in given]):
+        raise InvalidEvent(
+            "nothing of it can be read, and what is not given would be lost: give the whole event"
+            f" by a function, or all fields; missing: {', '.join(missing)}"
+        )
     try:
-        return msgspec.convert(merged, info.cls)
+        return msgspec.convert((members or {}) | {names[n]: v for n, v in given.items()}, info.cls)
     except (msgspec.ValidationError, TypeError, ValueError) as error:
-        raise InvalidEvent(f"it is still no {info.type}: {error}") from None
+        raise InvalidEvent(f"it is still no {info.type}: {_why(error)}") from None
 
 
-def _readable(located: Located) -> dict[str, Any]:
-    """Return the members of an entry's data, none if that is no object."""
+def _members(located: Located, info: EventInfo) -> dict[str, Any] | None:
+    """Return the members of an entry's data, as the class of `info` has them; None if it has none.
+
+    Errors: Undecodable, an upcast cannot take it.
+    """
     value = decoded(located.data or b"", packed=located.content_type == MSGPACK.encode())
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return None
+    newest = newest_version(info.type)
+    if info.cls is find(info.type, newest).cls:  # upcasts lead there
+        for at in range(info.version, newest):
+            step = step_from(info.type, at)
+            assert callable(step)
+            value = step(value)
+    return value
 
 
-def _lifted(kind: str, version: int, data: dict[str, Any]) -> dict[str, Any]:
-    """Return old data as the newest version has it; nothing if an upcast cannot take it."""
-    for at in range(version, newest_version(kind)):
-        step = step_from(kind, at)
-        assert callable(step)
-        try:
-            data = step(data)
-        except Undecodable:
-            return {}
-    return data
+def _why(error: Exception) -> str:
+    """Return what is wrong with an event, without what may quote it: its class's own words."""
+    if isinstance(error, msgspec.ValidationError):
+        return without_values(error)
+    return type(error).__name__
 
 
 def _by_name(info: EventInfo, changes: Changes) -> Changes:

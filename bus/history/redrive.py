@@ -16,22 +16,24 @@ from typing import NamedTuple
 
 from bus.config import (
     BATCH_BYTES,
+    HEARD_OF_MS,
     PROGRESS_S,
     REDRIVE_PATIENCE_S,
     REDRIVEN_PER_CALL,
+    REDRIVEN_VALUES,
     SAMPLE,
     checked_number,
 )
 from bus.delivery import REDRIVE
-from bus.errors import DeclarationError
+from bus.errors import DeclarationError, ServerRefused, UnknownGroup
 from bus.history.letter import Letter
 from bus.history.mend import Edit, checked_edit, mended
 from bus.history.patience import patiently
 from bus.history.throttle import Throttle
 from bus.streams import keys
 from bus.streams.answers import Returned
-from bus.streams.connection import Arg
-from bus.streams.replies import TRANSIENT, ReplyError
+from bus.streams.codec import Fields
+from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
 from bus.telemetry import Telemetry
@@ -45,6 +47,7 @@ class Redriven:
     somebody else before it came to them. left_out: for which `edit` gave None.
     stuck: ids of those with more fields than a script can pass on; they stay.
     run: its name, in the field `run` of inbox entries. waiting: whether an inbox is full just now.
+    unserved: whether there is a stream of which nobody serves the group: its letters will wait.
     sample: of a dry run, the first letters that it would redrive.
     """
 
@@ -55,6 +58,7 @@ class Redriven:
     stuck: tuple[str, ...]
     run: str = ""
     waiting: bool = False
+    unserved: bool = False
     sample: tuple[Letter, ...] = ()
 
 
@@ -65,7 +69,17 @@ class _Ready(NamedTuple):
     """A letter as it is to be sent. instead: its fields, if not those that the server has."""
 
     letter: Letter
-    instead: list[Arg]
+    instead: Fields
+
+    @property
+    def values(self) -> int:
+        """How many names and values are to go."""
+        return len(self.instead or self.letter.fields)
+
+    @property
+    def bytes(self) -> int:
+        """What the server moves for it, and what of it is read there besides."""
+        return sum(map(len, self.instead or self.letter.fields)) + len(self.letter.traceback)
 
 
 class Redrive:
@@ -104,10 +118,14 @@ class Redrive:
         self._run = REDRIVE + secrets.token_hex(8)
         self._calls = 0
         self._partitions: dict[str, int] = {}
+        self._checked: set[str] = set()  # streams that have the group
+        self._most = min(REDRIVEN_PER_CALL, self._throttle.most)
         self._batch: dict[str, list[_Ready]] = {}
         self._held = self._held_bytes = 0
+        self._going = 0  # letters in the batch and those that went
         self._unpaced = 0  # moved, and not waited for yet
         self._waits: set[str] = set()  # streams of which it was told that there is no room
+        self._unserved = False
         self._told_at = float("-inf")
         self._matched = self._redriven = self._gone = self._left_out = 0
         self._stuck: list[str] = []
@@ -117,46 +135,96 @@ class Redrive:
         """Redrive `letters`, to their end or to the first error."""
         try:
             await self._read(letters)
+            await self._tell()
         except Exception as error:
             if self._redriven:
                 error.add_note(
                     f"{self._redriven:,} dead letters were redriven before; run it again"
                 )
             raise
-        await self._tell()
         return self._so_far()
 
     async def _read(self, letters: AsyncIterator[Letter]) -> None:
-        most = min(REDRIVEN_PER_CALL, self._throttle.most)
-        taken = 0
         async for letter in letters:
             self._matched += 1
-            if not await self._hold(letter):
-                continue
-            taken += 1
-            if taken == self._limit:
-                break
-            if self._held >= most or self._held_bytes >= BATCH_BYTES:
-                await self._flush()
+            ready = await self._made_ready(letter)
+            if ready is not None:
+                await self._hold(ready)
+                if self._going == self._limit:
+                    await self._flush()
+                    if self._going == self._limit:
+                        break
+            await self._tell(seldom=True)
         await self._flush()
 
-    async def _hold(self, letter: Letter) -> bool:
-        """Make a letter ready; return whether it is to go."""
-        instead: list[Arg] = list(letter.fields) if letter.packed else []
+    async def _made_ready(self, letter: Letter) -> _Ready | None:
+        """Return a letter as it is to go, None if it is not to."""
+        instead: Fields = list(letter.fields) if letter.packed else []
         if self._edit is not None:
             partitions = await self._partitions_of(keys.topic_of(letter.stream))
             edited = mended(letter, self._edit, partitions, self._max_event_bytes)
             if edited is None:
                 self._left_out += 1
-                return False
-            instead = list(edited)
+                return None
+            instead = edited
+        ready = _Ready(letter, instead)
+        if ready.values > REDRIVEN_VALUES:
+            self._stuck.append(letter.id)
+            return None
+        if letter.stream not in self._checked:
+            await self._check_group(letter.stream)
+            self._checked.add(letter.stream)
+        return ready
+
+    async def _hold(self, ready: _Ready) -> None:
+        """Put a letter into the batch; what has no place in it goes before, or a full one now."""
+        size = ready.bytes
+        if self._held and self._held_bytes + size > BATCH_BYTES:
+            await self._flush()
+        self._going += 1
         if self._dry_run:
-            self._sample += [letter][: SAMPLE - len(self._sample)]
-            return True
-        self._batch.setdefault(letter.stream, []).append(_Ready(letter, instead))
+            self._sample += [ready.letter][: SAMPLE - len(self._sample)]
+            return
+        self._batch.setdefault(ready.letter.stream, []).append(ready)
         self._held += 1
-        self._held_bytes += sum(map(len, letter.fields)) + len(letter.traceback)
-        return True
+        self._held_bytes += size
+        if self._held >= self._most:
+            await self._flush()
+
+    async def _check_group(self, stream: str) -> None:
+        """See to it that the letters of a stream go to somebody, or tell. XINFO GROUPS.
+
+        Errors: UnknownGroup.
+        """
+        if self._group not in await patiently(partial(self._store.groups_of, stream)):
+            raise UnknownGroup(
+                f"{stream} does not have the group {self._group}, and nobody would take what is"
+                " put into its inbox: start a worker that serves the handler, which makes it"
+            )
+        if not await patiently(partial(self._is_served, stream)) and not self._unserved:
+            self._unserved = True
+            if not self._dry_run:
+                self._telemetry.emit(
+                    "redrive.unserved", run=self._run, stream=stream, group=self._group
+                )
+
+    async def _is_served(self, stream: str) -> bool:
+        """Return whether a worker that lives says so, or one of another language reads.
+
+        As the janitor judges it. SMEMBERS and GET each; TIME, XINFO CONSUMERS, EXISTS each.
+        """
+        leases, inbox = self._store.leases, keys.inbox(stream, self._group)
+        try:
+            if self._group in await leases.served_groups(stream):
+                return True
+            survey = await leases.survey(stream, [(p, self._group) for p in (stream, inbox)])
+        except ReplyError as error:
+            raise error.explained(keys.workers(stream)) from None
+        return any(
+            idle_ms < HEARD_OF_MS and name not in survey.listed and keys.lane_due_ms(name) is None
+            for consumers in survey.consumers.values()
+            for name, _, idle_ms in consumers
+        )
 
     async def _partitions_of(self, topic: str) -> int:
         if topic not in self._partitions:
@@ -185,9 +253,12 @@ class Redrive:
         moved = answers.count(Returned.YES)
         self._redriven += moved
         self._unpaced = moved
-        self._gone += answers.count(Returned.GONE)
+        gone = answers.count(Returned.GONE)
+        self._gone += gone
         told = [*zip(ready, answers, strict=True)]
-        self._stuck += [r.letter.id for r, a in told if a is Returned.UNFIT]
+        unfit = [r.letter.id for r, a in told if a is Returned.UNFIT]
+        self._stuck += unfit
+        self._going -= gone + len(unfit)
         if moved:
             self._telemetry.emit(
                 "dead_letters.redriven",
@@ -229,9 +300,9 @@ class Redrive:
 
         try:
             return await patiently(ask, REDRIVE_PATIENCE_S, tell)
-        except ReplyError as error:
-            if error.code in TRANSIENT:
-                raise error.refusal(self._address) from None
+        except ServerRefused as error:
+            if isinstance(error.__cause__, ReplyError):
+                raise error.__cause__.refusal(self._address) from None
             raise
 
     async def _wait_for_room(self, stream: str, count: int) -> None:
@@ -262,5 +333,6 @@ class Redrive:
             tuple(self._stuck),
             "" if self._dry_run else self._run,
             bool(self._waits),
+            self._unserved,
             tuple(self._sample),
         )

@@ -1,6 +1,8 @@
 """Which events are asked for, when looking back: by type, key and predicate."""
 
+import inspect
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 from bus.delivery import Envelope
 from bus.errors import DeclarationError, Undecodable
@@ -10,6 +12,7 @@ from bus.streams.codec import locate
 
 Types = Iterable[str | type[Event]] | str | type[Event] | None
 Predicate = Callable[[Envelope], bool]
+T = TypeVar("T")
 
 _REMEMBERED = 10_000  # types; foreign writers may invent more
 
@@ -29,8 +32,8 @@ class Selection:
             raise DeclarationError(f"key is the partition key as text, not {key!r}")
         self.key = key
         self.where = where
-        if where is not None and not callable(where):
-            raise DeclarationError(f"where is a function of an envelope, not {where!r}")
+        if where is not None:
+            checked_function(where, "where", "an envelope")
         self._key = None if key is None else key.encode("utf-8", "surrogatepass")
         self._known: dict[bytes | None, bool] = {}
 
@@ -53,13 +56,42 @@ class Selection:
         if self.where is None:
             return True
         try:
-            return bool(self.where(envelope))
+            return bool(plain_answer(self.where(envelope), "where"))
         except Undecodable:
             return False
 
     def _matches(self, named: bytes | None) -> bool:
         name = (named or b"").decode(errors="replace")
         return any(type_matches(p, name) for p in self.patterns or ())
+
+
+def checked_function(call: object, name: str, of: str) -> None:
+    """Refuse what is no plain function; what an async one returns would always be true.
+
+    Errors: DeclarationError.
+    """
+    if not callable(call):
+        raise DeclarationError(f"{name} is a function of {of}, not {call!r}")
+    waits = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+    if any(w(f) for w in waits for f in (call, getattr(call, "__call__", None))):  # noqa: B004
+        raise DeclarationError(
+            f"{name} must be a plain function of {of}, neither async nor a generator: do what it"
+            " would wait for before, or in a loop over what is found"
+        )
+
+
+def plain_answer(answer: T, name: str) -> T:
+    """Return what a function answered, unless it is to be awaited: that would always be true.
+
+    Errors: DeclarationError.
+    """
+    if answer is True or answer is False or not inspect.isawaitable(answer):
+        return answer
+    if inspect.iscoroutine(answer):
+        answer.close()  # nobody will await it
+    raise DeclarationError(
+        f"{name} gave a {type(answer).__name__}, to be awaited: it must be a plain function"
+    )
 
 
 def _pattern(what: str | type[Event]) -> str:

@@ -10,9 +10,7 @@ Taken as given: whole numbers that become floats are below 1e308, and values are
 their type. `tests/schema/test_compatibility.py` compares its answers with msgspec's.
 """
 
-import re
 from collections.abc import Iterable, Sequence
-from math import floor, inf
 from typing import NamedTuple
 
 from bus.schema.node import (
@@ -26,6 +24,7 @@ from bus.schema.node import (
     described,
     resolved,
 )
+from bus.schema.plain import TEXTS, fits, or_endless, takes_any_text
 
 
 class Problem(NamedTuple):
@@ -52,10 +51,6 @@ def problems(reader: Document, writer: Document, *, reader_is_new: bool) -> list
     return list(dict.fromkeys(comparison.check("", reader, writer)))
 
 
-# Kinds that travel as text; in msgpack not all of them.
-_TEXTS = frozenset(
-    ("string", "texts", "datetime", "time", "date", "duration", "uuid", "decimal", "bytes")
-)
 # What reads a number: the first of these that a union has, and then no other.
 _WHOLE = (frozenset(("integer", "numbers", "flags")), frozenset(["number"]), frozenset(["decimal"]))
 _OBJECTS = frozenset(("object", "map"))
@@ -122,8 +117,8 @@ class _Comparison:
         if kind == "anything":
             return ()
         as_such = kind == "bytes" or (kind == "datetime" and written.node.tz is not False)
-        if kind in _TEXTS and not (self._packed and as_such):
-            return (_TEXTS,)
+        if kind in TEXTS and not (self._packed and as_such):
+            return (TEXTS,)
         return (frozenset([kind]),)
 
     def _compare(
@@ -138,7 +133,7 @@ class _Comparison:
                 return self._into_array(path, reader.node, written.node, changed)
             case "texts" | "numbers" | "flags":
                 return self._into_listed(path, reader, written, changed)
-        return [] if _fits(reader, written) else [changed]
+        return [] if fits(reader, written) else [changed]
 
     # --- values
 
@@ -169,9 +164,9 @@ class _Comparison:
 
     def _into_array(self, path: str, reader: Node, writer: Node, changed: Problem) -> list[Problem]:
         least, most = self._lengths(writer)
-        fits = (reader.min_items or 0) <= least and most <= _or_endless(reader.max_items)
+        in_bounds = (reader.min_items or 0) <= least and most <= or_endless(reader.max_items)
         may_shrink = reader.unique_items and not writer.unique_items
-        if not fits or (may_shrink and (reader.min_items or 0) > 1):
+        if not in_bounds or (may_shrink and (reader.min_items or 0) > 1):
             return [changed]
         fixed = max(len(reader.prefix_items), len(writer.prefix_items))
         found = [
@@ -187,7 +182,7 @@ class _Comparison:
         """Return how few and how many items may be written."""
         fixed = len(writer.prefix_items)
         if not fixed:
-            return writer.min_items or 0, _or_endless(writer.max_items)
+            return writer.min_items or 0, or_endless(writer.max_items)
         return (writer.min_items or 0) if self._reader_is_new else fixed, fixed
 
     # --- objects and maps
@@ -229,14 +224,14 @@ class _Comparison:
         if written.kind == "map":
             held = {f"{path}{{}}": writer.values}
             keys = writer.keys or TEXT
-            least, most = writer.min_properties or 0, _or_endless(writer.max_properties)
+            least, most = writer.min_properties or 0, or_endless(writer.max_properties)
         else:
             properties = writer.properties or {}
             held = {f"{path}.{name}": node for name, node in properties.items()}
             keys = Node(enum=tuple(properties))
             least = sum(not self._may_lack(writer, name) for name in properties)
             most = len(properties)
-        if (reader.min_properties or 0) > least or most > _or_endless(reader.max_properties):
+        if (reader.min_properties or 0) > least or most > or_endless(reader.max_properties):
             return [changed]
         found = self._keys(f"{path}{{key}}", reader.keys or TEXT, keys) if most else []
         for below, node in held.items():
@@ -245,13 +240,13 @@ class _Comparison:
 
     def _keys(self, path: str, reader: Node, writer: Node) -> list[Problem]:
         texts = [r for r in alternatives(self._reader, reader) if r.kind == "string"]
-        if not self._packed and any(_takes_any_text(r.node) for r in texts):
+        if not self._packed and any(takes_any_text(r.node) for r in texts):
             return []  # in JSON all keys are text
         return self.check(path, reader, writer)
 
     def _keys_are_text(self, writer: Node) -> bool:
         keys = alternatives(self._writer, writer.keys or TEXT)
-        return not self._packed or all(self._tiers(key) == (_TEXTS,) for key in keys)
+        return not self._packed or all(self._tiers(key) == (TEXTS,) for key in keys)
 
     def _may_lack(self, writer: Node, name: str) -> bool:
         if self._reader_is_new:
@@ -358,90 +353,3 @@ def _item(node: Node, n: int) -> Node:
     if n < len(node.prefix_items):
         return node.prefix_items[n]
     return node.items if isinstance(node.items, Node) else ANYTHING
-
-
-def _or_endless(most: int | None) -> float:
-    return inf if most is None else most
-
-
-def _fits(reader: Alternative, written: Alternative) -> bool:  # noqa: PLR0911 - one a kind
-    """Return whether a plain value is read; reader and written are known to share a tier."""
-    mine, theirs = reader.node, written.node
-    same = reader.kind == written.kind
-    match reader.kind:
-        case "integer" | "number":
-            return _number_fits(mine, written)
-        case "string":
-            return _text_fits(mine, written)
-        case "datetime" | "time":
-            return same and mine.tz in (None, theirs.tz)
-        case "bytes":
-            return same and _within(
-                (mine.min_bytes, mine.max_bytes), (theirs.min_bytes, theirs.max_bytes)
-            )
-        case "decimal":
-            return same or written.kind not in _TEXTS
-        case "other":
-            return mine.const == theirs.const
-    return same
-
-
-def _within(mine: tuple[int | None, int | None], theirs: tuple[int | None, int | None]) -> bool:
-    return (mine[0] or 0) <= (theirs[0] or 0) and _or_endless(theirs[1]) <= _or_endless(mine[1])
-
-
-def _takes_any_text(node: Node) -> bool:
-    return _within((node.min_length, node.max_length), (0, None)) and node.pattern is None
-
-
-def _text_fits(reader: Node, written: Alternative) -> bool:
-    writer = written.node
-    mine = reader.min_length, reader.max_length
-    if written.kind == "texts":
-        texts = [v for v in written.values if isinstance(v, str)]
-        return all(_within(mine, (len(v), len(v))) and _matches(reader, v) for v in texts)
-    if written.kind == "string":
-        same_pattern = reader.pattern in (None, writer.pattern)
-        return same_pattern and _within(mine, (writer.min_length, writer.max_length))
-    return _takes_any_text(reader)
-
-
-def _matches(node: Node, text: str) -> bool:
-    try:
-        return node.pattern is None or re.search(node.pattern, text) is not None
-    except re.error:  # somebody has edited the exported file
-        return False
-
-
-def _number_fits(reader: Node, written: Alternative) -> bool:
-    if written.kind == "numbers":
-        values = [v for v in written.values if isinstance(v, int)]
-        return all(_number_fits(reader, _just(v)) for v in values)
-    writer = Node() if written.kind == "flags" else written.node
-    whole = written.kind != "number"
-    divisor = writer.multiple_of or (1 if whole else None)
-    if reader.multiple_of is not None and (divisor is None or divisor % reader.multiple_of):
-        return False
-    return _low(reader) <= _low(writer, whole=whole) and _high(writer, whole=whole) <= _high(reader)
-
-
-def _just(value: int) -> Alternative:
-    return Alternative("integer", Node(minimum=value, maximum=value, multiple_of=value or None))
-
-
-def _low(node: Node, *, whole: bool = False) -> tuple[float, bool]:
-    """Return the lower end of a range, and whether it is outside of it; endless without one."""
-    if node.exclusive_minimum is not None:
-        if whole:
-            return floor(node.exclusive_minimum) + 1, False
-        return node.exclusive_minimum, True
-    return (-inf, False) if node.minimum is None else (node.minimum, False)
-
-
-def _high(node: Node, *, whole: bool = False) -> tuple[float, bool]:
-    """Return the upper end of a range, and whether it is within it."""
-    if node.exclusive_maximum is not None:
-        if whole:
-            return -floor(-node.exclusive_maximum) - 1, True
-        return node.exclusive_maximum, False
-    return (inf, True) if node.maximum is None else (node.maximum, True)

@@ -200,7 +200,9 @@ def _array_words(document: Document, node: Node, *, deep: bool) -> str:
         items = ", ".join(described(document, i, deep=False) for i in node.prefix_items)
         return f"tuple ({items})" if deep else "tuple"
     word = "set" if node.unique_items else "list"
-    of = f" of {described(document, node.items)}" if deep and isinstance(node.items, Node) else ""
+    of = ""
+    if deep and isinstance(node.items, Node):
+        of = f" of {described(document, node.items, deep=False)}"
     return word + of + _span(node.min_items, node.max_items, "items")
 
 

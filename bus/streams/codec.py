@@ -97,7 +97,7 @@ def encode(
     except Exception as error:  # msgspec raises many kinds: see docs/guarantees.md, bad input
         raise InvalidEvent(
             f"{info.type} version {info.version} cannot be published:"
-            f" {type(error).__name__}: {_without_values(error)}"
+            f" {type(error).__name__}: {without_values(error)}"
         ) from None
     if size > max_bytes:
         raise EventTooLarge(
@@ -181,7 +181,7 @@ def decode(info: EventInfo, located: Located) -> Event:
     except Exception as error:  # UnicodeDecodeError and RecursionError are not msgspec errors
         # From None: the traceback of a chained error would show its text all the same.
         raise Undecodable(
-            f"{info.read_as}: {type(error).__name__}: {_without_values(error)}"
+            f"{info.read_as}: {type(error).__name__}: {without_values(error)}"
         ) from None
 
 
@@ -396,7 +396,7 @@ def _refuse_nan(value: Any) -> None:  # noqa: C901 - one branch per container
             _refuse_nan(getattr(value, f.name))
 
 
-def _without_values(error: Exception) -> str:
+def without_values(error: Exception) -> str:
     """Return the error's text unless it may quote a value of the event."""
     if isinstance(error, UnicodeError):
         return "a string or header is not UTF-8"

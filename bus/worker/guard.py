@@ -9,6 +9,9 @@
 
 A dead letter is held because it could not be undone: on_dead has been told, and others may have
 read it. Held is in hand: renewed, its owner's, and with the next worker if this one dies.
+
+What was redriven has died before. That it fails again says nothing of an outage, and thousands of
+such must not stop the live traffic: while closed its failures neither count nor are held.
 """
 
 import asyncio
@@ -18,6 +21,7 @@ from typing import Any, Protocol
 from bus.config import BREAKER_MEMORY
 from bus.delivery import ACK, COMMIT, HAND_BACK, DeadLetter, Delivery, Failure, Park, Verdict
 from bus.handler import Handler
+from bus.streams.codec import is_redriven
 from bus.telemetry import Telemetry
 from bus.worker.circuit import Circuit
 from bus.worker.hand import Hand, Holding
@@ -70,6 +74,9 @@ class Guard:
         if failure is None or self._breaker is None:
             return verdict
         now = asyncio.get_running_loop().time()
+        if is_redriven(delivery):
+            over = self.circuit.is_open or self.circuit.is_past(started_at)
+            return self._spare(delivery, failure) if over else verdict
         event = (delivery.origin.home, delivery.entry_id)
         if self.circuit.failed(now, started_at, self._guarded.returned, event):
             self._open()

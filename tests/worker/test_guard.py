@@ -39,6 +39,9 @@ class Shop:
         self.holding = Holding(None, "g", "me", telemetry)  # type: ignore[arg-type]
         self.hand = Hand("g", STREAM, STREAM, None, envelope_of)  # type: ignore[arg-type]
         self.holding.hands[STREAM] = self.hand
+        inbox = f"{STREAM}:inbox:g"
+        self.inbox = Hand("g", inbox, STREAM, None, envelope_of)  # type: ignore[arg-type]
+        self.holding.hands[inbox] = self.inbox
         refunds = Refunds(None, "g", self.holding.hands, telemetry)  # type: ignore[arg-type]
         circuit = Circuit(breaker)
         self.guard = Guard(handle, circuit, self, self.holding, self._settle, refunds, telemetry)
@@ -60,6 +63,13 @@ class Shop:
 
     def judge(self, verdict: Verdict, n: int = 0, *, began_ago_s: float = 0.0) -> Verdict | None:
         return self.guard.judge(self.delivery(n), verdict, self.now() - began_ago_s)
+
+    def judge_inbox(self, verdict: Verdict, n: int, run: bytes, began_ago_s: float = 0.0) -> Any:
+        """Judge one from the inbox: without headers, so that it has no envelope."""
+        fields = [b"origentry", b"5-0", b"attempts", b"0", b"due", b"0", b"run", run]
+        delivery: Delivery[Any] = Delivery(self.inbox, b"%d-0" % n, fields, 1, 0.0)
+        self.inbox.held[delivery.entry_id] = delivery
+        return self.guard.judge(delivery, verdict, self.now() - began_ago_s)
 
     def open(self, n: int = 99) -> None:
         """Let calls fail until it opens."""
@@ -147,6 +157,39 @@ async def test_what_began_before_it_closed_uses_no_attempt_and_does_not_open_it_
     assert [one.judge(v, 7, began_ago_s=began_ago_s) for v in (COUNTED, DEAD) * 5] == [SPARED] * 10
     assert not one.guard.circuit.is_open
     assert one.judge(COUNTED, 8) is COUNTED
+
+
+async def test_what_was_redriven_and_fails_again_opens_nothing_and_dies_at_once() -> None:
+    one = shop()
+    for n in range(50):
+        assert one.judge_inbox(COUNTED, n, b"redrive-1") is COUNTED
+        assert one.judge_inbox(DEAD, n, b"redrive-1") is DEAD
+    assert not one.guard.circuit.is_open
+    assert list(one.holding.condemned) == [], "held for nothing, they would crowd out the live"
+    assert [one.judge(COUNTED, n) for n in range(3)] == [COUNTED, COUNTED, SPARED]
+    assert [name for name, _ in one.told] == ["breaker.opened"]
+    assert one.guard.circuit.failures == 3, "of the live ones alone"
+
+
+async def test_what_was_redriven_is_spared_in_an_outage_like_all() -> None:
+    one = shop()
+    one.open()
+    assert one.judge_inbox(COUNTED, 1, b"redrive-1") == SPARED
+    assert one.judge_inbox(DEAD, 2, b"redrive-1") == SPARED
+    one.guard.circuit.opened_at -= 5.0
+    one.guard.probed(ACK, one.now() - 0.5)
+    assert one.judge_inbox(DEAD, 3, b"redrive-1", began_ago_s=1.0) == SPARED, "it began before"
+    assert one.judge_inbox(DEAD, 4, b"redrive-1") is DEAD
+
+
+async def test_what_was_replayed_or_moved_aside_counts_as_any() -> None:
+    one = shop(min_calls=5)
+    assert one.judge_inbox(DEAD, 1, b"replay-1") is None
+    assert [d.entry_id for d in one.holding.condemned] == [b"1-0"]
+    assert one.judge_inbox(COUNTED, 2, b"") is COUNTED
+    for n in range(3):
+        one.judge_inbox(COUNTED, 3 + n, b"replay-1")
+    assert one.guard.circuit.is_open
 
 
 async def test_probes_of_an_outage_that_is_over_say_nothing() -> None:
