@@ -8,8 +8,9 @@ See README.md for the first steps and docs/guarantees.md for what is promised.
 from bus.backoff import Backoff
 from bus.breaker import Breaker
 from bus.bus import Bus
-from bus.delivery import DeadLettered, Delivery, Envelope
+from bus.delivery import DeadLettered, Delivery
 from bus.effects import Effects
+from bus.envelope import Envelope
 from bus.errors import (
     AlreadySettled,
     AuthenticationFailed,

@@ -11,8 +11,9 @@ import redis.asyncio
 
 from bus.committer import Committer
 from bus.config import MAX_EVENT_BYTES, PRODUCER_MEMORY_S, PUBLISH_TIMEOUT_S, checked_number
-from bus.delivery import Delivery, Envelope
+from bus.delivery import Delivery
 from bus.effects import Effects
+from bus.envelope import Envelope
 from bus.errors import DeclarationError, NotSupported
 from bus.event import Event
 from bus.handler import Handler

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bus"
 FLOORS = [
     # vocabulary: pure, no I/O
     (
-        "event topic delivery handler signature backoff breaker errors config telemetry"
+        "event envelope topic delivery handler signature backoff breaker errors config telemetry"
         " effects reply scope upcast"
     ),
     "schema",  # the events told in JSON Schema, as files

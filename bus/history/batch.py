@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from bus.delivery import Envelope
+from bus.envelope import Envelope
 from bus.history.event_store import envelope_of
 from bus.history.place import Gap, order
 from bus.streams.answers import RawEntry

@@ -1,7 +1,6 @@
 """The dead letters of one group: found, shown, redriven, purged, exported. See `DeadLetters`."""
 
 import os
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from bus.errors import DeclarationError, LetterGone, Undecodable, UnknownGroup, 
 from bus.history.event_store import Found, merged
 from bus.history.export import TextFile, export
 from bus.history.letter import Letter, letter_of
+from bus.history.letter_id import LetterId, order, parsed
 from bus.history.mend import Edit
 from bus.history.patience import patiently
 from bus.history.position import Position, span
@@ -34,7 +34,6 @@ from bus.telemetry import Telemetry
 
 REASONS = ("failed", "rejected", "undecodable", "newer-version", "crashed", "effects-failed")
 _STREAMS_PER_LOOK = 64  # two letters of each are in memory together
-_ID = re.compile(r"(?:([^/:]+):([0-9]{1,4})/)?([0-9]{1,20}-[0-9]{1,20})")
 T = TypeVar("T")
 
 LetterPredicate = Callable[[Letter], bool]
@@ -121,7 +120,7 @@ class DeadLetters:
             raise DeclarationError("ids name the letters: leave since and until out")
         if isinstance(ids, str):
             ids = (ids,)
-        self._ids = None if ids is None else [_parsed(i, self._topic) for i in ids]
+        self._ids = None if ids is None else [parsed(i, self._topic) for i in ids]
         if where is not None:
             checked_function(where, "where", "a letter")
         self._where = where
@@ -133,8 +132,10 @@ class DeadLetters:
     async def count(self) -> int:
         """Return how many there are. XLEN each without a filter, else all of them are read."""
         if self._is_everything():
-            there = await self._there()
-            return sum(await self._store.lengths([keys.dead(s, self._group) for s in there]))
+            dead = [keys.dead(s, self._group) for s in await self._there()]
+            lengths = await patiently(partial(self._store.lengths, dead))
+            if -1 not in lengths:  # none is forbidden, say
+                return sum(lengths)
         async with aclosing(self._letters()) as letters:
             count = 0
             async for _ in letters:
@@ -147,7 +148,7 @@ class DeadLetters:
         letter_id: `Letter.id`, or its entry id alone. Errors: LetterGone, when it was redriven or
         purged; DeclarationError for what is no id, or when several partitions have it.
         """
-        wanted = _parsed(letter_id, self._topic)
+        wanted = parsed(letter_id, self._topic)
         streams = [wanted.stream] if wanted.stream else list(await self._records())
         found = [f async for f in self._fetched(streams, [wanted])]
         if not found:
@@ -303,9 +304,10 @@ class DeadLetters:
         """Return the streams of all topics that are asked for, and their topics' records."""
         topics = self._access.topics
         if self._topic is not None:
-            records = {self._topic: await topics.existing(self._topic)}
+            record = await patiently(partial(topics.existing, self._topic))
+            records = {self._topic: record}
         else:
-            records = await topics.known()
+            records = await patiently(topics.known)
         return {s: r for name, r in records.items() for s in topics.streams(name, r.partitions)}
 
     async def _there(self) -> dict[str, tuple[str, str]]:
@@ -360,12 +362,12 @@ class DeadLetters:
         """Look whether any stream has the group, or has had dead letters of it."""
         groups: set[str] = set()
         for stream in streams:
-            groups.update(await self._store.groups_of(stream))
+            groups.update(await patiently(partial(self._store.groups_of, stream)))
             if self._group in groups:
                 return
         dead = [keys.dead(s, self._group) for s in streams]
         for key in dead:
-            if await self._store.type_of(key) != b"none":
+            if await patiently(partial(self._store.type_of, key)) != b"none":
                 return
         close = get_close_matches(self._group, groups, 1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -377,17 +379,17 @@ class DeadLetters:
         )
 
     async def _fetched(
-        self, streams: list[str], wanted: "list[_Wanted]"
+        self, streams: list[str], wanted: list[LetterId]
     ) -> AsyncGenerator[Found, None]:
         """Yield those of `wanted` that are there, in the order of ids; `streams`: for bare ids."""
         pairs = {(w.entry_id, s) for w in wanted for s in ([w.stream] if w.stream else streams)}
-        ordered = sorted(pairs, key=lambda p: (_order(p[0]), p[1]), reverse=self._reverse)
+        ordered = sorted(pairs, key=lambda p: (order(p[0]), p[1]), reverse=self._reverse)
         for part in _parts(ordered, LETTERS_PER_LOOK):
             try:
                 found = await self._fetch(part)
             except WrongKeyType:
                 named = {w.stream for w in wanted if w.stream} if self._topic is None else streams
-                readable = await self._readable({s for _, s in part}, named)
+                readable = await self._readable(sorted({s for _, s in part}), named)
                 found = await self._fetch([p for p in part if p[1] in readable])
             for each in found:
                 yield each
@@ -418,27 +420,6 @@ class DeadLetters:
         return count
 
 
-class _Wanted(NamedTuple):
-    """An id that was asked for. stream: None if it may be in any."""
-
-    stream: str | None
-    entry_id: str
-
-
-def _parsed(letter_id: str, topic: str | None) -> _Wanted:
-    found = _ID.fullmatch(letter_id) if isinstance(letter_id, str) else None
-    if found is None or any(int(n) >= 2**64 for n in found[3].split("-")):
-        raise DeclarationError(
-            f"{letter_id!r} is no id of a dead letter: they look like document:0/1763629200000-0,"
-            " or 1763629200000-0 for any partition"
-        )
-    if found[1] is None:
-        return _Wanted(None, found[3])
-    if topic not in (None, found[1]):
-        raise DeclarationError(f"{letter_id} is of the topic {found[1]}, not of {topic}")
-    return _Wanted(keys.stream(checked_name(found[1], "topic name"), int(found[2])), found[3])
-
-
 def _checked_reasons(reason: str | Iterable[str] | None) -> frozenset[str] | None:
     if reason is None:
         return None
@@ -447,11 +428,6 @@ def _checked_reasons(reason: str | Iterable[str] | None) -> frozenset[str] | Non
         if each not in REASONS:
             raise DeclarationError(f"{each!r} is no reason: there are {', '.join(REASONS)}")
     return reasons
-
-
-def _order(entry_id: str) -> tuple[int, int]:
-    ms, _, sequence = entry_id.partition("-")
-    return int(ms), int(sequence)
 
 
 def _parts(all_of_them: list[T], most: int) -> Iterable[list[T]]:

@@ -15,7 +15,8 @@ from bus.config import (
     REPLAY_PATIENCE_S,
     checked_name,
 )
-from bus.delivery import Delivery, Envelope, Origin, current_delivery
+from bus.delivery import Delivery, Origin, current_delivery
+from bus.envelope import Envelope
 from bus.errors import (
     BusError,
     DeclarationError,

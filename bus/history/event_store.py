@@ -18,7 +18,7 @@ from bus.config import (
     SLOT_TURN_S,
     checked_number,
 )
-from bus.delivery import Envelope, entry_time
+from bus.envelope import Envelope, entry_time
 from bus.errors import Undecodable
 from bus.event import Event
 from bus.history.patience import patiently

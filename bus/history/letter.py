@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from bus.config import MAX_DECODE_BYTES
-from bus.delivery import Envelope, entry_time
+from bus.envelope import Envelope, entry_time
 from bus.errors import Undecodable
 from bus.event import Event
 from bus.history.event_store import envelope_of

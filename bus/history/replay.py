@@ -23,7 +23,8 @@ from bus.config import (
     REPLAY_PATIENCE_S,
     SAMPLE,
 )
-from bus.delivery import REPLAY, Envelope, entry_time
+from bus.delivery import REPLAY
+from bus.envelope import Envelope, entry_time
 from bus.errors import CheckpointError, InvalidEvent, Undecodable
 from bus.history.checkpoint import Checkpoint, Place, Saved
 from bus.history.destinations import Destination, OutOfStep, tell_unreadable

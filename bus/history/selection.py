@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from bus.delivery import Envelope
+from bus.envelope import Envelope
 from bus.errors import DeclarationError, Undecodable
 from bus.event import Event, info_of, type_matches
 from bus.streams.answers import RawEntry

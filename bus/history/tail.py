@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from bus.config import LOOK_PATIENCE_S, TOPICS_S, checked_name
-from bus.delivery import Envelope
+from bus.envelope import Envelope
 from bus.errors import BusClosed, BusError, DeclarationError
 from bus.history.batch import Batch
 from bus.history.event_store import streams_of

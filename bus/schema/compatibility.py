@@ -165,7 +165,8 @@ class _Comparison:
     def _into_array(self, path: str, reader: Node, writer: Node, changed: Problem) -> list[Problem]:
         least, most = self._lengths(writer)
         in_bounds = (reader.min_items or 0) <= least and most <= or_endless(reader.max_items)
-        may_shrink = reader.unique_items and not writer.unique_items
+        # In JSON msgspec counts the items of a set after those that are equal have become one.
+        may_shrink = reader.unique_items and not writer.unique_items and not self._packed
         if not in_bounds or (may_shrink and (reader.min_items or 0) > 1):
             return [changed]
         fixed = max(len(reader.prefix_items), len(writer.prefix_items))

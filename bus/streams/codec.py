@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bus.config import MAX_DECODE_BYTES
-from bus.delivery import REDRIVE, Delivery, Envelope, entry_time
+from bus.delivery import REDRIVE, Delivery
+from bus.envelope import Envelope, entry_time
 from bus.errors import EventTooLarge, InvalidEvent, Undecodable
 from bus.event import Event, EventInfo, find
 

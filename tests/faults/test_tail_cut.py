@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from bus.delivery import Envelope
+    from bus.envelope import Envelope
 
 TOPIC = Topic("cuttail", partitions=3)
 OTHER = Topic("cuttailother")

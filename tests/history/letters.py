@@ -51,10 +51,12 @@ def shelf_becomes_shelf_name(data: dict[str, Any]) -> dict[str, Any]:
 
 class Weighed(Event, type="mail.weighed"):
     grams: int
+    card: str = ""
 
     def __post_init__(self) -> None:
         if self.grams < 0:
-            raise ValueError("less than nothing")
+            raise ValueError(f"less than nothing, paid with {self.card}")
+        assert self.grams < 1_000, "too heavy"
 
 
 def box_of(partition: int) -> str:
@@ -79,6 +81,13 @@ def why(reason: str = "failed", error: str = "ValueError: no", **fields: Any) ->
         **fields,
         "deadtime": "1763629200000",
     }
+
+
+async def prepare(bus: Bus) -> None:
+    """Record the topic, and make the group, as a worker that has served the handler did."""
+    await bus.topics.record("mail")
+    for stream in (STREAM, OTHER):
+        await bus.redis.xgroup_create(stream, "index", "0", mkstream=True)
 
 
 async def put(

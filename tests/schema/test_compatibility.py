@@ -320,8 +320,10 @@ BREAKS = [
     ),
     (Loose, Typed, {}),
 ]
+TWO = Annotated[list[int], Meta(min_length=2)]
+TWO_OTHERS = Annotated[set[int], Meta(min_length=2)]
 BREAKS_IN = {
-    "json": [(bytes, text(max_length=3), b"12345")],
+    "json": [(bytes, text(max_length=3), b"12345"), (TWO, TWO_OTHERS, [1, 1])],
     "msgpack": [
         *((bytes, str, b"a"), (datetime, str, NOON), (AWARE, str, NOON)),
         *(
@@ -339,7 +341,11 @@ FINE_IN = {
         (dict[int, int], dict[str, int]),
         (dict[int, int], Loose),
     ],
-    "msgpack": [(dict[tuple[int, int], int], dict[tuple[int, int], int]), (dict[Any, int], dict)],
+    "msgpack": [
+        (dict[tuple[int, int], int], dict[tuple[int, int], int]),
+        (dict[Any, int], dict),
+        (TWO, TWO_OTHERS),
+    ],
 }
 ALL_BREAKS = [(e, *case) for e in CODECS for case in (*BREAKS, *BREAKS_IN[e])]
 
@@ -643,3 +649,16 @@ def test_a_pattern_that_is_none_matches_nothing():
     schema["properties"]["a"]["pattern"] = "("
     reader = read_document(msgspec.json.encode(schema))
     assert problems(reader, document(probe(Literal["a"])), reader_is_new=False)
+
+
+def test_a_list_of_itself_comes_to_an_end():
+    """No class can be one; an edited file can."""
+    schema = {
+        "x-bus": FACTS,
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/A"}},
+        "$defs": {"A": {"type": "array", "items": {"$ref": "#/$defs/A"}}},
+    }
+    endless = read_document(msgspec.json.encode(schema))
+    assert problems(endless, endless, reader_is_new=True) == []
+    assert problems(document(probe(int)), endless, reader_is_new=True)

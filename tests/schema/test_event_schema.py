@@ -289,6 +289,15 @@ def test_a_class_that_holds_itself():
     assert at == {"type": "string", "x-bus-type": "datetime"}
 
 
+def test_a_row_without_columns_is_a_list():
+    """JSON Schema has no empty prefixItems."""
+    assert told(msgspec.defstruct("Nothing", [], array_like=True)) == {
+        "title": "Nothing",
+        "type": "array",
+        "minItems": 0,
+    }
+
+
 class Odd:
     """Nothing msgspec knows."""
 
