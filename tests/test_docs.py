@@ -53,6 +53,23 @@ def test_the_first_steps_print_a_receipt_and_the_replay_finds_it_again(
     assert "OrderPaid(order_id='o-1', cents=1250)" in run(replay, valkey_url)
 
 
+def test_orders_are_followed_and_gone_on_with(valkey_url: str, tmp_path: Path) -> None:
+    code = blocks(README)
+    top, _, main = code["hello"].partition("async def main")
+    drained = "await worker.drained(timeout_s=10)\n"
+    assert drained in main
+    publish = "await bus.publish(OrderPaid(order_id='o-2', cents=3_000))"
+    calls = ["at = await follow(bus, {'bus:{order:0}': 'start'})", publish, "await follow(bus, at)"]
+    main = main.replace(drained, f"{drained}            " + "\n            ".join(calls) + "\n")
+    script = tmp_path / "follow.py"
+    script.write_text(top + code["tail"] + "\n\nasync def main" + main, encoding="utf-8")
+    lines = [line.partition(" OrderPaid")[2] for line in run(script, valkey_url).splitlines()]
+    assert [line for line in lines if line] == [
+        "(order_id='o-1', cents=1250)",
+        "(order_id='o-2', cents=3000)",
+    ]
+
+
 def test_receipts_are_replayed_into_their_group(valkey_url: str, tmp_path: Path) -> None:
     code = blocks(README)
     hello = code["hello"].replace("cents=1250", "cents=cents")

@@ -28,6 +28,7 @@ from bus import (
 )
 from bus.history import destinations, event_store, patience, replay
 from bus.streams.connection import Connection
+from bus.streams.script import Script
 from tests.faults.proxy import Proxy as RequestProxy
 from tests.faults.replay_program import Verse
 from tests.proxy import Proxy
@@ -109,7 +110,7 @@ async def in_streams(redis: Any) -> set[bytes]:
     return found
 
 
-class Script:
+class Replaying:
     """A replaying process."""
 
     def __init__(self, url: str, checkpoint: Path, to: str = "index", rate: str = "") -> None:
@@ -124,8 +125,9 @@ class Script:
         assert self._process.returncode == -signal.SIGKILL, "it ended before it was killed"
 
     def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.communicate()
 
     async def output(self) -> str:
         out, _ = await asyncio.to_thread(self._process.communicate)
@@ -142,11 +144,11 @@ async def test_a_hundred_thousand_killed_twice(url: str, redis: Any, tmp_path: P
         return sum([await redis.xlen(f"{s}:inbox:index") for s in STREAMS])
 
     for enough in (20_000, 50_000):
-        script = Script(url, path, rate="60000")
+        script = Replaying(url, path, rate="60000")
         await eventually(lambda n=enough: _reaches(length, n), f"{enough} in the inbox")
         script.kill()
         assert enough <= await length() < count
-    assert await Script(url, path).output() == f"{count}\n"
+    assert await Replaying(url, path).output() == f"{count}\n"
     inbox = await in_inboxes(redis, "index")
     assert set(inbox.values()) == {1}
     assert set(inbox) == await in_streams(redis)
@@ -179,10 +181,10 @@ async def test_publishing_again_killed_twice(url: str, redis: Any, tmp_path: Pat
         return sum([await redis.xlen(s) for s in STREAMS])
 
     for enough in (count + 500, count + 2_000):
-        script = Script(url, path, to="--publish", rate="3000")
+        script = Replaying(url, path, to="--publish", rate="3000")
         await eventually(lambda n=enough: _reaches(length, n), f"{enough} in the streams")
         script.kill()
-    assert await Script(url, path, to="--publish").output() == f"{count}\n"
+    assert await Replaying(url, path, to="--publish").output() == f"{count}\n"
     async with Bus.connect(url) as bus:
         past = Counter([e.event.n async for e in bus.history("saga")])
     assert past == Counter(list(range(count)) * 2)
@@ -362,7 +364,7 @@ async def test_two_processes_begin_at_once_with_one_new_file(
     valkey_url: str, tmp_path: Path, to: str
 ) -> None:
     await filled(valkey_url, 3_000)
-    both = [Script(valkey_url, tmp_path / "checkpoint", to=to, rate="6000") for _ in range(2)]
+    both = [Replaying(valkey_url, tmp_path / "checkpoint", to=to, rate="6000") for _ in range(2)]
     try:
         assert [await script.output() for script in both] == ["3000\n", "3000\n"]
     finally:
@@ -382,11 +384,11 @@ async def test_a_function_killed_is_given_the_last_moment_again_and_no_more(
     def lines() -> list[int]:
         return [int(n) for n in called.read_text().split()] if called.exists() else []
 
-    script = Script(valkey_url, path, to=f"--write={called}", rate="400")
+    script = Replaying(valkey_url, path, to=f"--write={called}", rate="400")
     await eventually(lambda: len(lines()) >= 600)  # three times the file was written, at 0.5 s
     script.kill()
     before = lines()
-    assert await Script(valkey_url, path, to=f"--write={called}").output() == "2000\n"
+    assert await Replaying(valkey_url, path, to=f"--write={called}").output() == "2000\n"
     after = lines()[len(before) :]
     assert sorted(set(before + after)) == list(range(2_000))
     again = set(before) & set(after)
@@ -406,6 +408,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(destinations, "REPLAY_PATIENCE_S", 3.0)
     monkeypatch.setattr(Connection.submit, "__defaults__", (1, 0.2))
     monkeypatch.setitem(Connection.call.__kwdefaults__, "timeout_s", 0.2)
+    monkeypatch.setattr(Script.run, "__defaults__", (0.2,))
 
 
 async def hang(server: EmbeddedServer, for_s: float) -> None:
