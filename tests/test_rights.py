@@ -254,6 +254,8 @@ async def test_those_who_replay_need_no_more(to: str, url_of, url, server, tmp_p
 async def test_those_who_see_to_dead_letters_need_no_more(url_of, url) -> None:
     async with Bus.connect(url, topics=[TOPIC]) as bus:
         await bus.topics.record("right")
+        await bus.redis.xgroup_create("bus:{right:0}", "g", "0", mkstream=True)
+        await bus.redis.sadd("bus:{right:0}:workers", "gone")
         for n in range(3):
             fields = {"id": f"e{n}", "type": "right.used", "data": f'{{"n":{n}}}'}
             await bus.redis.xadd("bus:{right:0}:dead:g", fields)

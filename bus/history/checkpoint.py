@@ -16,7 +16,7 @@ import msgspec
 from bus.errors import CheckpointError
 
 _FORMAT = 1
-_Id = Annotated[str, msgspec.Meta(pattern=r"^(\d{1,20}-\d{1,20})?$")]
+_Id = Annotated[str, msgspec.Meta(pattern=r"\A([0-9]{1,20}-[0-9]{1,20})?\Z")]
 
 
 class Place(msgspec.Struct):

@@ -273,6 +273,7 @@ class ToBus(_OnServer):
                     raise
                 tell_unreadable(self._telemetry, stream, part[0][0], error)
                 published = await self._publish(run, stream, part, skip=True)
+                self.most = ToBus.most  # it was this one, and not how many they were
             replayed += published
             unreadable += len(part) - published
             at += len(part)

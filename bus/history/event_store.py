@@ -187,6 +187,7 @@ class _Pages:
         self._store = store
         self._stream = stream
         self._first, self._last = span
+        self._end = b"" if reverse else span[1].encode()  # behind it nothing can be missing
         self._reverse = reverse
         self._most_bytes = max(PAGE_LEAST_BYTES, READ_BYTES // share)
         self._on_gap = on_gap
@@ -195,7 +196,9 @@ class _Pages:
         self._after: bytes | None = None  # asked for again, to see whether it is still there
         if after is not None:
             self._go_beyond(after)
-        self._coming: asyncio.Task[list[RawEntry]] | None = self._ask()
+        self._coming: asyncio.Task[list[RawEntry]] | None = None
+        if after is None or after != self._end:
+            self._coming = self._ask()
 
     async def next(self) -> list[RawEntry]:
         """Return the next page, an empty one at the end."""
@@ -208,11 +211,12 @@ class _Pages:
                 page = page[1:]
             else:
                 self._on_gap(self._stream, self._after, page[0][0] if page else b"")
-        if ended or not page:
+        if ended or not page or page[-1][0] == self._end:
             self._coming = None
             return page
         self._go_beyond(page[-1][0])
-        entry_bytes = sum(sum(map(len, fields)) for _, fields in page[::8]) * 8 / len(page) + 64
+        some = page[::8]
+        entry_bytes = sum(sum(map(len, fields)) for _, fields in some) / len(some) + 64
         most = min(READ_COUNT, self._count * 4, int(self._most_bytes / entry_bytes))
         self._count = max(1, most) + (self._after is not None)
         self._coming = self._ask()

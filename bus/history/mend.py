@@ -138,7 +138,7 @@ def _completed(letter: Letter, changes: Changes) -> Event:
     names = {f.name: f.encode_name for f in msgspec.structs.fields(info.cls)}
     if members is None and (missing := [name for name in names if name not in given]):
         raise InvalidEvent(
-            "nothing of it can be read, and what is not given would be lost: give the whole event"
+            "it cannot be read, and what is not given would be lost: give the whole event"
             f" by a function, or all fields; missing: {', '.join(missing)}"
         )
     try:

@@ -235,6 +235,7 @@ class _Run:
         places = self._saved.places
         bounds = {stream: (place.first, place.last) for stream, place in places.items()}
         after = {stream: place.read.encode() for stream, place in places.items() if place.read}
+        unmet = {stream: place.first.encode() for stream, place in places.items() if not place.read}
         most = min(self._throttle.most, self._destination.most)
         left = self._left()
         if not left:
@@ -245,6 +246,8 @@ class _Run:
         async with aclosing(past) as entries:
             async for stream, entry in entries:
                 self.counts.read += 1
+                if unmet:
+                    self._meet(unmet, stream, entry[0])
                 self._seen[stream] = self._last = entry[0]
                 if self._takes(stream, entry):
                     self.counts.matched += 1
@@ -256,7 +259,14 @@ class _Run:
                             return
                 if self.counts.read % _LOOK_EVERY == 0:
                     await self._look_at_the_clock()
+        for stream in list(unmet):
+            self._meet(unmet, stream, b"")
         await self._flush()
+
+    def _meet(self, unmet: dict[str, bytes], stream: str, entry_id: bytes) -> None:
+        """Note a gap if what was the first of a stream has gone before it was read."""
+        if unmet.pop(stream, entry_id) != entry_id:
+            self._note_gap(stream, b"", entry_id)
 
     def _note_gap(self, stream: str, after: bytes, first: bytes) -> None:
         self.counts.gaps += 1
@@ -311,6 +321,8 @@ class _Run:
                 self.counts.unreadable += outcome.unreadable
                 if outcome.replayed:
                     self._waits = False
+                    place = self._saved.places[stream]
+                    place.done = place.done or place.first  # it must be remembered from now on
                 if outcome.left:
                     await self._wait_for_room(stream)
                 left = list(outcome.left)

@@ -213,13 +213,13 @@ class Moved(NamedTuple):
 
 
 _INBOX_FIELDS = frozenset([b"origentry", b"attempts", b"due", b"run"])
-ENTRY_ID = re.compile(rb"\d{1,15}(-\d{1,20})?")
+ENTRY_ID = re.compile(rb"\d{1,20}(-\d{1,20})?")
 
 
 def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
     """Read the fields that an entry of an inbox has besides its own; what is missing is nothing."""
-    first, end = _inbox_part(fields)
-    found = dict(zip(fields[first:end:2], fields[first + 1 : end : 2], strict=True))
+    added = fields[_own_end(fields) :]
+    found = dict(zip(added[::2], added[1::2], strict=True))
 
     def number(name: bytes) -> int:
         digits = found.get(name, b"0")
@@ -233,23 +233,22 @@ def moved(entry_id: bytes, fields: list[bytes]) -> Moved:
 
 def without_inbox_fields(fields: list[bytes]) -> list[bytes]:
     """Return the fields that the entry had before it was put into an inbox."""
-    first, end = _inbox_part(fields)
-    return [*fields[:first], *fields[end:]]
+    return fields[: _own_end(fields)]
 
 
-def _inbox_part(fields: list[bytes]) -> tuple[int, int]:
-    """Return where the inbox's own fields begin and end: both at the end, if there are none.
+def _own_end(fields: list[bytes]) -> int:
+    """Return where an entry's own fields end, and those begin that were added for an inbox.
 
-    They begin with the last `origentry`, and each is there once. The entry may have had fields of
-    these names before: what comes before, and the same name again, is its own.
+    Those are the last, and each is there once. We begin with `origentry`, and leave out none but
+    `run`: what comes before is the entry's own, whatever its name. Others may leave out any.
     """
-    size = len(fields)
-    first = next((at for at in range(size - 2, -1, -2) if fields[at] == b"origentry"), size)
-    end, met = first, set[bytes]()
-    while end < size and (name := fields[end]) in _INBOX_FIELDS and name not in met:
+    end, met = len(fields), set[bytes]()
+    while end and (name := fields[end - 2]) in _INBOX_FIELDS and name not in met:
         met.add(name)
-        end += 2
-    return first, end
+        end -= 2
+        if name == b"origentry" and b"attempts" in met and b"due" in met:
+            break
+    return end
 
 
 def run_of(delivery: Delivery[Any]) -> str:
@@ -257,8 +256,7 @@ def run_of(delivery: Delivery[Any]) -> str:
     if delivery.origin.stream == delivery.origin.home:
         return ""
     fields = delivery.fields
-    first, end = _inbox_part(fields)
-    for at in range(first, end, 2):
+    for at in range(_own_end(fields), len(fields), 2):
         if fields[at] == b"run":
             return fields[at + 1].decode(errors="replace")
     return ""
@@ -373,7 +371,10 @@ def _text_of(value: Any) -> bytes:
     if isinstance(value, datetime):
         if value.tzinfo is None:
             raise InvalidEvent("time has no time zone: use datetime.now(UTC)")
-        return value.astimezone(UTC).isoformat().encode()
+        try:
+            return value.astimezone(UTC).isoformat().encode()
+        except OverflowError:
+            raise InvalidEvent("time is not between the years 1 and 9999 in UTC") from None
     raise InvalidEvent(f"header values are strings, not {type(value).__name__}")
 
 

@@ -77,6 +77,8 @@ async def test_every_letter_is_in_one_place_whenever_a_redrive_is_killed(
     async with Redis.from_url(url) as redis, Bus.connect(url, topics=[TOPIC]) as bus:
         await bus.topics.record("carry")
         pipe = redis.pipeline()
+        for stream in STREAMS:
+            pipe.xgroup_create(stream, "index", "0", mkstream=True)
         for n in range(LETTERS):
             letter: dict[Any, Any] = {
                 "id": f"e{n}",

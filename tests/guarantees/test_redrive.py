@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Backoff, Delivery, Event, Reject, Topic, Worker, event_handler
+from bus import Backoff, Breaker, Delivery, Event, Reject, Topic, Worker, event_handler
 from tests.witness import eventually
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ QUICK = {"backoff": Backoff(0.01), "max_attempts": 2, "breaker": None}
 class Filed(Event, type="redrive.filed"):
     n: int
     text: str = ""
+
+
+class Shelved(Event, type="redrive.shelved"):
+    n: int
 
 
 Seen = list[tuple[int, str, int, str, str, bool]]
@@ -62,7 +66,7 @@ async def test_an_edited_letter_is_handled_by_its_own_handler_alone(backend: Bac
         before = {group: len(seen[group]) for group in seen}
         result = await bus.dead_letters("index").redrive(edit={"text": "mended"})
         await worker.drained()
-        assert result.redriven == 1
+        assert (result.redriven, result.unserved) == (1, False)
     assert before == {"index": 1, "audit": 2, "stats": 2}
     assert seen["index"][1:] == [(1, "mended", 1, first.entry_id, first.event_id, True)]
     assert len(seen["audit"]) == len(seen["stats"]) == 2
@@ -131,12 +135,14 @@ async def test_a_letter_whose_handler_nobody_serves_waits_in_its_inbox(backend: 
             raise Reject("first")
         seen.append(what(event, delivery))
 
-    async with backend.bus() as (bus, _):
+    async with backend.bus() as (bus, witness):
         async with Worker(bus, [index]) as worker:
             receipt = await bus.publish(Filed(n=1))
             await worker.drained()
         await backend.redis.delete(INBOX)  # as after a loss: the redrive makes it anew
-        assert (await bus.dead_letters("index").redrive()).redriven == 1
+        result = await bus.dead_letters("index").redrive()
+        assert (result.redriven, result.unserved) == (1, True)
+        assert len(witness.of("redrive.unserved", group="index", run=result.run)) == 1
         assert len(await backend.entries(INBOX)) == 1
         async with Worker(bus, [index]) as worker:
             await worker.drained()
@@ -165,6 +171,101 @@ async def test_a_worker_of_another_group_leaves_it_alone(backend: Backend) -> No
             await worker.drained()
         assert others == [1, 2]
         assert len(await backend.entries(INBOX)) == 1
+
+
+async def test_what_its_handler_no_longer_asks_for_is_a_dead_letter_still(
+    backend: Backend,
+) -> None:
+    """An inbox deletes what is acked as of another type: the event would be nowhere."""
+    seen: Seen = []
+
+    @event_handler("redrive.*", group="index", **QUICK)
+    async def before(_: Event) -> None:
+        raise ValueError("down")
+
+    @event_handler(Filed, group="index", **QUICK)
+    async def after(event: Filed, delivery: Delivery[Filed]) -> None:
+        seen.append(what(event, delivery))
+
+    async with backend.bus() as (bus, witness):
+        async with Worker(bus, [before]) as worker:
+            receipt = await bus.publish(Shelved(n=1))
+            await bus.publish(Filed(n=2))
+            await worker.drained()
+        (first, _) = await backend.dead(STREAM, "index")
+        async with Worker(bus, [after]) as worker:
+            assert (await bus.dead_letters("index").redrive()).redriven == 2
+            await worker.drained()
+        assert witness.of("delivery.skipped") == []
+        (letter,) = [letter async for letter in bus.dead_letters("index")]
+        assert (letter.reason, letter.error_type) == ("rejected", "NotAskedFor")
+        assert "does not ask for redrive.shelved any more" in letter.error
+        assert letter.original_entry_id == receipt.entry_id
+        (last,) = await backend.dead(STREAM, "index")
+        own = [name for name in first if not name.startswith("dead")]
+        assert {name: last[name] for name in own} == {name: first[name] for name in own}
+    assert [n for n, *_ in seen] == [2]
+    assert await backend.entries(INBOX) == {}
+
+
+async def test_letters_that_die_again_do_not_stop_the_live_traffic(backend: Backend) -> None:
+    """They are no outage: the breaker stays closed, and none is held for its window."""
+    live: list[int] = []
+    tried: list[int] = []
+    breaker = Breaker(min_calls=5, window_s=3_000.0, probe_s=3_000.0)
+
+    @event_handler(Filed, group="index", **{**QUICK, "breaker": breaker})
+    async def index(event: Filed, delivery: Delivery[Filed]) -> None:
+        if delivery.redriven:
+            tried.append(event.n)
+            raise ValueError("still bad")
+        live.append(event.n)
+
+    why = {"deadreason": "failed", "deaderror": "E: e", "deadtraceback": "", "deadattempts": "2"}
+    async with backend.bus() as (bus, witness), Worker(bus, [index]) as worker:
+        await bus.topics.record("redrive")
+        for n in range(200):
+            fields = {"id": f"e{n}", "type": "redrive.filed", "data": f'{{"n":{n}}}', **why}
+            await backend.add(DEAD, {**fields, "deadentry": "5-0", "deadtime": "1"})
+        assert (await bus.dead_letters("index").redrive()).redriven == 200
+        await bus.publish_many([Filed(n=n) for n in range(100)])
+        await eventually(lambda: len(live) == 100)
+        await worker.drained()
+        assert witness.of("breaker.opened") == []
+    assert sorted(tried) == sorted([*range(200)] * 2), "all its attempts, each"
+    assert len(await backend.dead(STREAM, "index")) == 200
+
+
+@pytest.mark.parametrize("effects", [False, True])
+@pytest.mark.parametrize("name", ["run", "due", "attempts", "origentry"])
+async def test_an_own_field_of_a_foreign_entry_is_kept_on_every_way(
+    backend: Backend, effects: bool, name: str
+) -> None:
+    """Whichever of the two writers of dead letters takes the inbox's fields off again."""
+    seen: list[bool] = []
+
+    @event_handler(Filed, group="index", **QUICK)
+    async def index(_: Filed, delivery: Delivery[Filed]) -> None:
+        seen.append(delivery.redriven)
+        if not effects:
+            raise Reject("no")
+        delivery.effects.incrby("redrive:first")
+        delivery.effects.incrby("redrive:text")
+
+    fields = {"id": "e", "type": "redrive.filed", "data": '{"n":1}', name: "redrive-7"}
+    await backend.redis.set("redrive:text", "many")
+    async with backend.bus() as (bus, _), Worker(bus, [index]) as worker:
+        await bus.topics.record("redrive")
+        await backend.add(STREAM, fields)
+        for _again in range(2):
+            await eventually(lambda: _letters(backend, 1))
+            (letter,) = [letter async for letter in bus.dead_letters("index")]
+            assert dict(zip(letter.fields[::2], letter.fields[1::2], strict=True)) == {
+                k.encode(): v.encode() for k, v in fields.items()
+            }
+            await bus.dead_letters("index").redrive()
+            await worker.drained()
+    assert seen == [False, True, True]
 
 
 async def test_effects_that_failed_half_way_run_whole_when_the_state_is_mended(

@@ -59,6 +59,10 @@ class Weighed(Event, type="mail.weighed"):
         assert self.grams < 1_000, "too heavy"
 
 
+class Padded(Event, type="mail.padded"):
+    text: str
+
+
 def box_of(partition: int) -> str:
     """A key that belongs to a partition of the topic."""
     return next(f"b{n}" for n in range(99) if keys.partition_of(f"b{n}", 2) == partition)

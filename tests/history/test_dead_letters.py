@@ -473,7 +473,7 @@ async def test_one_key_of_another_type_does_not_hide_the_letters_of_the_others(
 
 
 async def test_a_key_of_another_type_in_a_topic_that_was_asked_for_is_an_error(
-    valkey: Bus, server: Any
+    valkey: Bus,
 ) -> None:
     await bury(valkey, 1)
     await valkey.redis.set(f"{OTHER}:dead:index", "precious")

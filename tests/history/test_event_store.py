@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from contextlib import aclosing
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +21,21 @@ from redis.asyncio import Redis
 
 from bus import (
     Bus,
-    BusError,
     DeclarationError,
     Event,
+    ServerUnreachable,
     Topic,
     Undecodable,
     UnknownEventType,
     UnknownTopic,
     WrongKeyType,
 )
+from bus.history import event_store
+from bus.streams import keys
+from bus.streams.connection import Connection
 from tests.proxy import Proxy
 from tests.servers import ask
+from tests.witness import Witness
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -171,6 +179,7 @@ async def test_types_are_classes_names_or_patterns(dated, types, ids):
 
 async def test_pages_join_without_a_seam(bus):
     """A page holds 500 entries; entries of one millisecond may lie on both sides of its end."""
+    witness = Witness(bus)
     numbers = list(range(2600))
     await bus.publish_many(Sown(field=f"f{n}", n=n) for n in numbers)
     past = await told(bus.history("past"))
@@ -180,6 +189,7 @@ async def test_pages_join_without_a_seam(bus):
     again = await told(bus.history("past", types=[Reaped]))
     assert [e.entry_id for e in again] == [r.entry_id for r in one]
     assert [e.event.n for e in again] == list(range(1000))
+    assert witness.of("history.gap") == []
 
 
 async def test_what_is_published_meanwhile_comes_too_and_harms_nothing(bus):
@@ -265,14 +275,15 @@ async def test_looking_back_disturbs_no_group(bus, server):
     assert ask(server, "XINFO", "GROUPS", "bus:{past:0}") == before
 
 
-async def test_a_server_that_goes_away_is_an_error_of_the_bus(private_server):
+async def test_a_server_that_goes_away_is_an_error_of_the_bus(private_server, monkeypatch):
+    monkeypatch.setitem(event_store.merged.__kwdefaults__, "patience_s", 0.5)
     server = private_server()
     async with Bus.connect(server.url) as bus:
         await bus.publish_many(Sown(field="f", n=n) for n in range(600))
         past = bus.history("past")
         await anext(past)
         await asyncio.to_thread(server.kill)
-        with pytest.raises(BusError):
+        with pytest.raises(ServerUnreachable):
             await told(past)
 
 
@@ -415,6 +426,310 @@ async def test_a_connection_that_drops_is_no_harm(bus, server):
                 proxy.lose_replies = 1
         assert proxy.lost >= 3
         assert sorted(seen) == list(range(3_000))
+
+
+# --- entries trimmed ahead of who reads
+
+
+async def test_what_was_trimmed_ahead_is_told(bus, server):
+    witness = Witness(bus)
+    receipts = await bus.publish_many(Sown(field="f", n=n) for n in range(2_000))
+    stream = receipts[0].stream
+    seen = []
+    async for envelope in bus.history("past"):
+        seen.append(envelope)
+        if len(seen) == 100:
+            ask(server, "XTRIM", stream, "MAXLEN", "=", "300")
+    ((before, after),) = [(a, b) for a, b in pairwise(seen) if b.event.n != a.event.n + 1]
+    assert after.event.n == 1_700
+    assert witness.of("history.gap") == [
+        {"stream": stream, "after": before.entry_id, "first": after.entry_id}
+    ]
+    assert seen[-1].event.n == 1_999
+
+
+async def test_a_stream_trimmed_to_its_end_is_told_too(bus, server):
+    """What followed may have been there: nobody can tell."""
+    witness = Witness(bus)
+    receipts = await bus.publish_many(Sown(field="f", n=n) for n in range(2_000))
+    seen = []
+    async for envelope in bus.history("past", until=receipts[-1].entry_id):
+        seen.append(envelope)
+        if len(seen) == 100:
+            ask(server, "XTRIM", receipts[0].stream, "MAXLEN", "=", "0")
+    assert witness.of("history.gap") == [
+        {"stream": receipts[0].stream, "after": seen[-1].entry_id, "first": ""}
+    ]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+async def test_what_was_trimmed_behind_is_no_gap(bus, server, monkeypatch, reverse):
+    """What was read may go, as long as the last of it is there, or there was nothing more."""
+    witness = Witness(bus)
+    receipts = await bus.publish_many(Sown(field="f", n=n) for n in range(160))
+    ids = [r.entry_id for r in receipts]
+    stream = receipts[0].stream
+    ask_for = bus.store.archive.range
+
+    async def trimming(*args, **kwargs):
+        page = await ask_for(*args, **kwargs)
+        read = [entry_id.decode() for entry_id, _ in page]
+        ask(server, "XDEL", stream, "0-1", *read[: None if read[-1:] == ids[-1:] else -1])
+        return page
+
+    monkeypatch.setattr(bus.store.archive, "range", trimming)
+    # 32 in the first page and 128 in the second: it ends with the range, and a page is full.
+    found = await told(bus.history("past", until=ids[-1], reverse=reverse))
+    assert len(found) == 160
+    assert witness.of("history.gap") == []
+
+
+async def test_letters_that_are_redriven_while_they_are_listed_are_no_gap(bus, server):
+    """A dead letter goes when it is redriven or purged, and is not history."""
+    witness = Witness(bus)
+    await bus.publish(Sown(field="f"))
+    dead = "bus:{past:0}:dead:g"
+    for n in range(200):
+        own = ("id", f"e{n}", "type", "past.sown", "data", '{"field":"f"}')
+        ask(server, "XADD", dead, f"{n + 1}-0", *own, "deadreason", "failed", "deadentry", "1-0")
+    seen = 0
+    async for letter in bus.dead_letters("g"):
+        seen += 1
+        ask(server, "XDEL", dead, letter.id.rpartition("/")[2])
+    assert seen == 200
+    assert witness.of("history.gap") == []
+
+
+# --- how it reads
+
+
+async def test_pages_grow_and_are_asked_for_ahead(bus, monkeypatch):
+    ask_for = bus.store.archive.range
+    counts = []
+
+    def watched(stream, first, last, count, **kwargs):
+        counts.append(count)
+        return ask_for(stream, first, last, count, **kwargs)
+
+    monkeypatch.setattr(bus.store.archive, "range", watched)
+    await bus.publish_many(Sown(field="f", n=n) for n in range(2_000))
+    async with aclosing(bus.history("past", key="f")) as past:
+        await anext(past)
+        await asyncio.sleep(0)
+        assert len(counts) == 2  # the second, while the first is looked at
+        assert len([e async for e in past]) == 1_999
+    # One more than the page: the last that was read comes again, and shows that it is there.
+    assert counts == [32, 129, 501, 501, 501, 501]
+    counts.clear()
+    assert len(await told(bus.history("past", key="f", reverse=True))) == 2_000
+    assert counts[:3] == [32, 128, 500]
+
+
+async def test_what_was_asked_for_ahead_is_given_up_with_the_rest(bus, monkeypatch):
+    await bus.publish_many(Sown(field=f"f{n}", n=n) for n in range(2_000))
+    ask_for = bus.store.archive.range
+
+    async def slow_ahead(stream, first, last, count, **kwargs):
+        if count > 32:
+            await asyncio.sleep(3_600)
+        return await ask_for(stream, first, last, count, **kwargs)
+
+    before = asyncio.all_tasks()
+    monkeypatch.setattr(bus.store.archive, "range", slow_ahead)
+    past = bus.history("past")
+    await anext(past)
+    assert len(asyncio.all_tasks() - before) == 4
+    await past.aclose()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() - before == set()
+
+
+async def test_an_error_ahead_that_nobody_came_to_is_not_complained_of(bus, monkeypatch):
+    await bus.publish_many(Sown(field="f", n=n) for n in range(2_000))
+    ask_for = bus.store.archive.range
+    failed = asyncio.Event()
+
+    async def broken_ahead(stream, first, last, count, **kwargs):
+        if count > 32:
+            failed.set()
+            raise WrongKeyType("somebody was here")
+        return await ask_for(stream, first, last, count, **kwargs)
+
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+    monkeypatch.setattr(bus.store.archive, "range", broken_ahead)
+    past = bus.history("past", key="f")
+    await anext(past)
+    await failed.wait()
+    await asyncio.sleep(0)
+    await past.aclose()
+    del past
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
+
+
+async def numbered(url: str, partitions: int, each: int, topic: str, size: int = 0) -> None:
+    """Fill a topic by hand: ids go round, three of each millisecond over all partitions."""
+    async with Redis.from_url(url) as redis:
+        await redis.hset("bus:topics", topic, f'{{"partitions": {partitions}}}')
+        for first in range(0, partitions * each, 1_000):
+            pipeline = redis.pipeline(transaction=False)
+            for n in range(first, min(first + 1_000, partitions * each)):
+                fields = {"id": f"e{n}", "type": "past.sown", "data": '{"field":"f"}'}
+                pipeline.xadd(
+                    f"bus:{{{topic}:{n % partitions}}}",
+                    {**fields, "more": "x" * size} if size else fields,
+                    id=f"{1_000 + n // 3}-{n % 3}",
+                )
+            await pipeline.execute()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+async def test_many_partitions_are_read_in_order_and_soon(valkey_url, reverse):
+    await numbered(valkey_url, 256, 40, "wide")
+    async with Bus.connect(valkey_url) as bus:
+        started_s = time.process_time()
+        past = [order(e.entry_id) async for e in bus.history("wide", reverse=reverse)]
+        assert time.process_time() - started_s < 5  # 0.4 s, usually
+    assert past == sorted(past, reverse=reverse)
+    assert len(past) == len(set(past)) == 256 * 40
+
+
+async def test_large_entries_in_many_partitions_come_few_at_a_time(valkey_url, monkeypatch):
+    await numbered(valkey_url, 64, 5, "broad", size=60_000)
+    async with Bus.connect(valkey_url) as bus:
+        ask_for = bus.store.archive.range
+        counts = []
+
+        def watched(stream, first, last, count, **kwargs):
+            counts.append(count)
+            return ask_for(stream, first, last, count, **kwargs)
+
+        monkeypatch.setattr(bus.store.archive, "range", watched)
+        assert len(await told(bus.history("broad"))) == 320
+    assert sum(counts[:64]) <= 4 * 32  # nobody knows yet how large they are
+    assert max(counts[64:]) == 3  # 128 KiB, and the last one again
+
+
+async def test_equal_ids_in_several_partitions_come_whole_both_ways(bus, url):
+    """Over page ends, which are at other places in each; each stream keeps its own order."""
+    async with Redis.from_url(url) as redis:
+        for partition, step in enumerate((1, 2, 3, 50)):
+            pipeline = redis.pipeline(transaction=False)
+            for n in range(0, 600, step):
+                fields = {"id": "i", "type": "past.sown", "data": f'{{"field":"f","n":{n}}}'}
+                pipeline.xadd(f"bus:{{past:{partition}}}", fields, id=f"{100 + n // 5}-{n % 5}")
+            await pipeline.execute()
+    await bus.publish(Sown(field="f"))
+    forth = [(order(e.entry_id), e.stream) for e in await told(bus.history("past"))]
+    back = [(order(e.entry_id), e.stream) for e in await told(bus.history("past", reverse=True))]
+    assert len(forth) == 600 + 300 + 200 + 12 + 1
+    assert forth == sorted(forth)
+    assert [i for i, _ in back] == [i for i, _ in forth[::-1]]
+    assert sorted(back) == forth
+
+
+async def test_the_first_of_two_partition_keys_counts(bus, server):
+    one, other = [k for k in map(str, range(99)) if keys.partition_of(k, 4) == 0][:2]
+    fields = ("id", "i", "type", "past.sown", "data", '{"field":"f"}')
+    twice = ("partitionkey", one, "partitionkey", other)
+    ask(server, "XADD", "bus:{past:0}", "*", *fields, *twice)
+    assert [e.key for e in await told(bus.history("past", key=one))] == [one]
+    assert await told(bus.history("past", key=other)) == []
+
+
+# --- those who take their time
+
+
+async def starved(work):
+    """How long others had to wait for a turn while `work` went on, in seconds of this thread."""
+    longest = 0.0
+
+    async def beat():
+        nonlocal longest
+        last = time.thread_time()
+        while True:
+            await asyncio.sleep(0)
+            now = time.thread_time()
+            longest, last = max(longest, now - last), now
+
+    beating = asyncio.create_task(beat())
+    try:
+        await work
+    finally:
+        beating.cancel()
+    return longest
+
+
+def busy(*_):
+    """Work for 2 ms, of this thread: however slow the machine is."""
+    until = time.thread_time() + 0.002
+    while time.thread_time() < until:
+        pass
+    return False
+
+
+async def each(envelopes, call):
+    async for envelope in envelopes:
+        call(envelope)
+
+
+@pytest.mark.parametrize("how", ["body", "where", "replay where", "replay to"])
+async def test_others_get_their_turn(bus, how):
+    await bus.publish_many(Sown(field=f"f{n}", n=n) for n in range(300))
+    work = {
+        "body": lambda: each(bus.history("past"), busy),
+        "where": lambda: each(bus.history("past", where=busy), busy),
+        "replay where": lambda: bus.replay("past", to=print, where=busy),
+        "replay to": lambda: bus.replay("past", to=lambda event: busy()),
+    }[how]
+    assert await starved(work()) < 0.05
+
+
+@pytest.mark.parametrize("how", ["body", "where", "replay where", "replay to"])
+async def test_who_works_without_a_pause_loses_no_connection(bus, monkeypatch, how):
+    """The replies of 4 partitions must get in between: a reply that takes too long is given up."""
+    monkeypatch.setattr(Connection.submit, "__defaults__", (1, 0.3))
+    monkeypatch.setitem(Connection.call.__kwdefaults__, "timeout_s", 0.3)
+    monkeypatch.setitem(event_store.merged.__kwdefaults__, "patience_s", 0.6)
+    for first in range(0, 1_200, 400):
+        await bus.publish_many(
+            Sown(field=f"f{n % 97}{'x' * 1_500}", n=n) for n in range(first, first + 400)
+        )
+    witness = Witness(bus)
+    seen = []
+
+    def work(envelope_or_event):
+        seen.append(1)
+        busy()
+
+    if how == "body":
+        await each(bus.history("past"), work)
+    elif how == "where":
+        await each(bus.history("past", where=work), print)
+    elif how == "replay where":
+        await bus.replay("past", to=print, where=work)
+    else:
+        await bus.replay("past", to=work)
+    assert len(seen) == 1_200
+    assert witness.of("connection.lost") == []
+
+
+async def test_errors_of_what_cannot_be_read_go_with_it(bus, server):
+    """An error's traceback leads to the envelope: a cycle, if the envelope led to the error."""
+    for _ in range(50):
+        ask(server, "XADD", "bus:{past:0}", "*", "note", "x")
+    await bus.publish(Sown(field="f"))
+
+    def refused(envelope):
+        with pytest.raises(Undecodable, match="no field"):
+            _ = envelope.event
+
+    await each(bus.history("past", types=["*"], until="+"), lambda e: e.type or refused(e))
+    gc.collect()
+    assert [o for o in gc.get_objects() if type(o) is Undecodable] == []
 
 
 @pytest.mark.timeout(120)

@@ -568,40 +568,47 @@ def test_of_equal_names_those_that_the_move_appended_count() -> None:
     assert without_inbox_fields(entry) == own
 
 
-@pytest.mark.parametrize("name", [b"due", b"attempts", b"run"])
-def test_an_own_field_of_such_a_name_is_the_entrys_own_wherever_it_stands(name: bytes) -> None:
-    """Ours begin with `origentry`: what a foreign program wrote last is not taken for them."""
+@pytest.mark.parametrize("name", [b"due", b"attempts", b"run", b"origentry"])
+@pytest.mark.parametrize("run", [[], [b"run", b"redrive-1"]], ids=["moved", "redriven"])
+def test_an_own_field_of_such_a_name_is_the_entrys_own_wherever_it_stands(
+    name: bytes, run: list[bytes]
+) -> None:
+    """Also if a foreign program has put it last, just before ours."""
     event = [b"id", b"e", b"type", b"t", b"data", b"{}"]
-    for own in ([*event, name, b"77"], [name, b"77", *event], event, []):
-        assert without_inbox_fields(own) == own
-        assert moved(b"6-0", own) == (b"6-0", 0, 0)
-        entry = [*own, b"origentry", b"5-0"]
+    for own in ([*event, name, b"77"], [name, b"77", *event], [name, b"1", name, b"2"], event, []):
+        entry = [*own, b"origentry", b"5-0", b"attempts", b"1", b"due", b"9", *run]
         assert without_inbox_fields(entry) == own
-        assert moved(b"6-0", entry) == (b"5-0", 0, 0)
+        assert moved(b"6-0", entry) == (b"5-0", 1, 9)
 
 
-def test_those_who_put_an_entry_there_by_hand_may_write_the_fields_in_any_place() -> None:
-    entry = [b"origentry", b"5-0", b"due", b"9", b"id", b"e", b"due", b"2026"]
-    assert moved(b"6-0", entry) == (b"5-0", 0, 9)
-    assert without_inbox_fields(entry) == [b"id", b"e", b"due", b"2026"]
-    twice = [b"origentry", b"5-0", b"attempts", b"1", b"attempts", b"2"]
-    assert moved(b"6-0", twice).attempts == 1
-    assert without_inbox_fields(twice) == [b"attempts", b"2"]
+def test_who_puts_an_entry_there_by_hand_may_leave_out_any() -> None:
+    own = [b"due", b"2026-12-24", b"id", b"e", b"type", b"t", b"data", b"{}"]
+    for added, wanted in (
+        ([], (b"6-0", 0, 0)),
+        ([b"attempts", b"2"], (b"6-0", 2, 0)),
+        ([b"due", b"9"], (b"6-0", 0, 9)),
+        ([b"origentry", b"5-0"], (b"5-0", 0, 0)),
+        ([b"attempts", b"3", b"origentry", b"5-0"], (b"5-0", 3, 0)),
+        ([b"run", b"replay-1", b"due", b"9"], (b"6-0", 0, 9)),
+    ):
+        assert moved(b"6-0", [*own, *added]) == wanted
+        assert without_inbox_fields([*own, *added]) == own
 
 
 @pytest.mark.parametrize(
     ("fields", "run"),
     [
-        ([b"run", b"redrive-1"], ""),
+        ([], ""),
         ([b"origentry", b"5-0", b"run", b"redrive-1"], "redrive-1"),
         ([b"run", b"redrive-1", b"origentry", b"5-0", b"attempts", b"1", b"due", b"0"], ""),
+        ([b"run", b"x", b"origentry", b"5-0", b"run", b"redrive-1"], "redrive-1"),
         ([b"origentry", b"5-0", b"run", b"\xff"], "\ufffd"),
     ],
     ids=str,
 )
 def test_a_run_is_that_of_the_inbox_and_of_nothing_else(fields: list[bytes], run: str) -> None:
     home = "bus:{codec:0}"
-    own = [b"id", b"e", b"type", b"t", b"data", b"{}"]
+    own = [b"run", b"redrive-2", b"id", b"e", b"type", b"t", b"data", b"{}"]
     for stream, wanted in ((f"{home}:inbox:g", run), (home, "")):
         origin = Origin("g", stream, home, None, envelope_of)  # type: ignore[arg-type]
         delivery: Delivery[Any] = Delivery(origin, b"6-0", [*own, *fields], 1, 0.0)

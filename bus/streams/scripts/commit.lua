@@ -83,14 +83,14 @@ local function bury(id, attempt, origin, err, applied)
   local entry = redis.call('XRANGE', KEYS[1], id, id)[1]
   local fields = entry and entry[2] or {}
   if string.sub(KEYS[1], -1) ~= '}' then
-    -- The inbox's own fields begin with the last `origentry`.
-    local own = {origentry = true, attempts = true, due = true, run = true}
-    local first = #fields - 1
-    while first > 0 and fields[first] ~= 'origentry' do first = first - 2 end
-    while first > 0 and fields[first] and own[fields[first]] do
-      own[fields[first]] = nil
-      table.remove(fields, first)
-      table.remove(fields, first)
+    -- Before `origentry`, if all but `run` follow it, is the entry's own.
+    local added = {origentry = true, attempts = true, due = true, run = true}
+    while added[fields[#fields - 1]] do
+      local name = fields[#fields - 1]
+      added[name] = nil
+      fields[#fields] = nil
+      fields[#fields] = nil
+      if name == 'origentry' and not (added['attempts'] or added['due']) then break end
     end
   end
   if #fields > 2000 then fields = {'deadfields', cmsgpack.pack(fields)} end
