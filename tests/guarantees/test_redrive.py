@@ -192,7 +192,7 @@ async def test_what_its_handler_no_longer_asks_for_is_a_dead_letter_still(
             receipt = await bus.publish(Shelved(n=1))
             await bus.publish(Filed(n=2))
             await worker.drained()
-        (first, _) = await backend.dead(STREAM, "index")
+        (first,) = [d for d in await backend.dead(STREAM, "index") if b"shelved" in d["type"]]
         async with Worker(bus, [after]) as worker:
             assert (await bus.dead_letters("index").redrive()).redriven == 2
             await worker.drained()
@@ -266,6 +266,35 @@ async def test_an_own_field_of_a_foreign_entry_is_kept_on_every_way(
             await bus.dead_letters("index").redrive()
             await worker.drained()
     assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("effects", [False, True])
+async def test_a_field_run_of_an_entry_that_was_moved_aside_is_its_own(
+    backend: Backend, effects: bool
+) -> None:
+    """It is the last before those of the inbox, which has put none of that name there."""
+    seen: list[bool] = []
+
+    @event_handler(Filed, group="index", **QUICK)
+    async def index(_: Filed, delivery: Delivery[Filed]) -> None:
+        seen.append(delivery.redriven)
+        if not effects:
+            raise Reject("no")
+        delivery.effects.incrby("redrive:first")
+        delivery.effects.incrby("redrive:text")
+
+    fields = {"id": "e", "type": "redrive.filed", "data": '{"n":1}', "run": "redrive-nightly"}
+    await backend.redis.set("redrive:text", "many")
+    async with backend.bus() as (bus, _), Worker(bus, [index]) as worker:
+        await bus.topics.record("redrive")
+        moved = {"origentry": "5-0", "attempts": "1", "due": "0"}
+        await backend.add(INBOX, {**fields, **moved})
+        await eventually(lambda: _letters(backend, 1))
+        await worker.drained()
+    (letter,) = await backend.dead(STREAM, "index")
+    assert letter["run"] == b"redrive-nightly"
+    assert not moved.keys() & letter.keys()
+    assert seen == [False]
 
 
 async def test_effects_that_failed_half_way_run_whole_when_the_state_is_mended(

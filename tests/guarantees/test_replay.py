@@ -505,7 +505,10 @@ async def test_who_goes_back_and_is_stopped_misses_nothing_afterwards(
     assert await hall.in_inbox() == [*range(1, 51), *range(1_000, 1_021)]
 
 
-async def test_what_was_done_in_all_sessions_is_counted(hall: Hall, tmp_path: Path) -> None:
+async def test_what_was_done_in_all_sessions_is_counted(
+    hall: Hall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "PROGRESS_S", 0.0)
     path = tmp_path / "checkpoint"
     await hall.publish(3_000)
     await hall.backend.add(STREAMS[0], {"hello": "world"})
@@ -749,15 +752,11 @@ async def test_a_checkpoint_that_cannot_be_written_or_read_is_told_first(
 # --- entries trimmed before they are read
 
 
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "PROGRESS_S", 0.0)
-
-
 async def test_what_was_trimmed_ahead_is_told_and_counted(
     hall: Hall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow replay, and publishers that go on: the oldest of history goes."""
-    at_once(monkeypatch)
+    monkeypatch.setattr(replay, "PROGRESS_S", 0.0)
     await hall.bus.publish_many([Told(teller="one", n=n) for n in range(2_000)])
     stream = (await anext(hall.bus.history("lore"))).stream
     seen: list[Progress] = []
@@ -793,8 +792,11 @@ async def test_what_was_trimmed_between_two_sessions_is_told(hall: Hall, tmp_pat
     assert done.gaps == 3
 
 
-async def test_what_was_read_may_go(hall: Hall, tmp_path: Path) -> None:
+async def test_what_was_read_may_go(
+    hall: Hall, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stream that is read to the end of its range may be trimmed: nothing is missing."""
+    monkeypatch.setattr(replay, "PROGRESS_S", 0.0)
     path = tmp_path / "checkpoint"
     for n, stream in enumerate(STREAMS):
         for at in range(300):
