@@ -134,6 +134,7 @@ class Bus:
         The old parts are kept, not closed: closing a socket registered with the parent's event
         loop would unregister it there too, since both processes share the epoll descriptor.
         """
+        self._hub.closed = True
         self._abandoned.append(
             (self.store, self.topics, self._publisher, self.committer, self._hub, self._redis)
         )

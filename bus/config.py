@@ -68,6 +68,7 @@ PROMPT_RETRIES = 10_000  # local timers per handler; the sweep takes what is abo
 # --- looking back
 FIRST_PAGE = 32  # entries: most who look want few, and how large they are is not known yet
 LOOK_PATIENCE_S = 15.0  # what only reads is asked again for so long: a few replies that hang
+INSPECT_PATIENCE_S = 2.0  # for looks that are taken again and again, and stale soon
 PAGE_LEAST_BYTES = 128 * 1024  # aim per page of one partition of many; else READ_BYTES are shared
 TAIL_ENTRIES = 2_000  # may lie unread before a tail, four full reads; then it reads by itself...
 TAIL_BYTES = 2 * 1024 * 1024  # ...the same bound for large events

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from bus.config import INSPECT_PATIENCE_S
+from bus.history.patience import patiently
 from bus.streams.inspection import LOOKED_AHEAD, RECENT_MS, GroupSeen, StreamSeen, count, look
 from bus.streams.lag import parsed, undelivered_of
 from bus.streams.stream import StreamStore
@@ -137,6 +139,10 @@ class Backlog:
 
 async def backlog(store: StreamStore, topics: TopicTable, topic: str) -> Backlog:
     """Return the backlog of `topic`. See `Bus.backlog`."""
+    return await patiently(lambda: _backlog(store, topics, topic), INSPECT_PATIENCE_S)
+
+
+async def _backlog(store: StreamStore, topics: TopicTable, topic: str) -> Backlog:
     record = await topics.existing(topic)
     streams = topics.streams(topic, record.partitions)
     found: list[StreamBacklog] = []
@@ -236,7 +242,7 @@ def seconds_left(room: int, per_s: float) -> float | None:
 
 def name_of(group: bytes) -> str:
     """Return a group's name to be shown; others may have given it any bytes."""
-    return group.decode(errors="replace")
+    return group.decode(errors="backslashreplace")
 
 
 def _time(entry_id: bytes) -> datetime:

@@ -4,6 +4,7 @@ It names the run, what was asked for, and how far each stream was read. What is 
 server itself remembers, in the step that puts it there; the file only says by which name.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import msgspec
 from bus.errors import CheckpointError
 
 _FORMAT = 1
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS}  # of file systems without
 _Id = Annotated[str, msgspec.Meta(pattern=r"\A([0-9]{1,20}-[0-9]{1,20})?\Z")]
 
 
@@ -106,8 +108,22 @@ class Checkpoint:
                 os.link(beside, self._path)
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                return self._begin_without_links(beside)
             finally:
                 beside.unlink()
+        return True
+
+    def _begin_without_links(self, beside: Path) -> bool:
+        """Do the same where files cannot be linked: cut off by a crash, it is told as damaged."""
+        assert self._path is not None
+        try:
+            with self._path.open("xb") as file:
+                file.write(beside.read_bytes())
+        except FileExistsError:
+            return False
         return True
 
     def save(self, saved: Saved) -> None:

@@ -147,7 +147,7 @@ class Hub:
             self._hurrying = loop.create_task(self._hurry())
 
     async def _hurry(self) -> None:
-        while not self._listed.is_set() and self._follower is not None:
+        while self._followed and not self._listed.is_set() and self._follower is not None:
             with suppress(BusError):  # a broken server ends the read as well, and the read tells
                 await self._follower.unblock()
             with suppress(TimeoutError):

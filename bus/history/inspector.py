@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from bus.config import HEARD_OF_MS, checked_name
+from bus.config import HEARD_OF_MS, INSPECT_PATIENCE_S, checked_name
 from bus.errors import DeclarationError, PermissionDenied
 from bus.history.backlog import (
     STREAMS_AT_ONCE,
@@ -18,6 +18,7 @@ from bus.history.backlog import (
     name_of,
     seconds_left,
 )
+from bus.history.patience import patiently
 from bus.history.snapshot import (
     ConsumerSnapshot,
     GroupSnapshot,
@@ -53,7 +54,10 @@ class Inspector:
 
     async def snapshot(self, names: Iterable[str] | None = None) -> Snapshot:
         """Return what all topics look like, or those in `names`. See `Bus.inspect`."""
-        records, (now_ms, facts) = await asyncio.gather(
+        return await patiently(lambda: self._snapshot(names), INSPECT_PATIENCE_S)
+
+    async def _snapshot(self, names: Iterable[str] | None) -> Snapshot:
+        (records, errors), (now_ms, facts) = await asyncio.gather(
             self._records(names), server_look(self._store)
         )
         streams = [s for n, r in records.items() for s in self._topics.streams(n, r.partitions)]
@@ -69,16 +73,19 @@ class Inspector:
             for name, record in records.items()
         ]
         time = datetime.fromtimestamp(now_ms / 1000, UTC)
-        return Snapshot(time, _facts(facts) if facts else None, tuple(topics))
+        return Snapshot(time, _facts(facts) if facts else None, tuple(topics), errors)
 
-    async def _records(self, names: Iterable[str] | None) -> dict[str, Record]:
+    async def _records(
+        self, names: Iterable[str] | None
+    ) -> tuple[dict[str, Record], tuple[str, ...]]:
         if isinstance(names, str):
             raise DeclarationError("topics is a list of names, not a string")
+        known, errors = await self._topics.overview()
         if names is None:
-            return await self._topics.known()
+            return known, errors
         wanted = sorted({checked_name(name, "topic name") for name in names})
-        known = await self._topics.known()
-        return {name: known.get(name) or await self._topics.existing(name) for name in wanted}
+        found = {name: known.get(name) or await self._topics.existing(name) for name in wanted}
+        return found, ()
 
     def _topic(
         self, name: str, record: Record, looks: Sequence[StreamLook], now_ms: int

@@ -16,6 +16,7 @@ from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 
 Page = list[RawEntry]
+_SHARERS = 8  # streams that share a page; with more, each page is this part of one
 
 
 class Past:
@@ -61,7 +62,8 @@ class Past:
         return None
 
     async def _fetch(self, streams: list[str]) -> None:
-        share = max(1, self._count // len(streams))
+        # What the others have in hand waits there: many streams must not have a page each.
+        share = max(1, self._count // max(len(streams), min(len(self._unread), _SHARERS)))
         wanted = [self._page(stream, share) for stream in streams]
         ask = partial(pages, self._store.archive, wanted)
         found = await patiently(ask, math.inf, self._tell)

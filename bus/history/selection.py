@@ -34,7 +34,10 @@ class Selection:
         self.where = where
         if where is not None:
             checked_function(where, "where", "an envelope")
-        self._key = None if key is None else key.encode("utf-8", "surrogatepass")
+        try:
+            self._key = None if key is None else key.encode()
+        except UnicodeEncodeError:
+            raise DeclarationError("key is no text: it holds a lone surrogate") from None
         self._known: dict[bytes | None, bool] = {}
 
     def names(self, entry: RawEntry) -> bool:

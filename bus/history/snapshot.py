@@ -190,12 +190,14 @@ class Snapshot:
 
     time: by the server's clock. What is not of one stream was looked at some milliseconds earlier
     or later, so that numbers agree with one another only as far as nothing moves.
-    server: None when the user may not ask (INFO). topics: by name.
+    server: None when the user may not ask (INFO). topics: by name. errors: what is wrong with the
+    records of topics that are left out, since nobody can read them.
     """
 
     time: datetime
     server: ServerFacts | None
     topics: tuple[TopicSnapshot, ...]
+    errors: tuple[str, ...] = ()
 
     def topic(self, name: str) -> TopicSnapshot:
         """Return one topic. Errors: KeyError when it was not looked at."""
@@ -206,6 +208,7 @@ class Snapshot:
         for topic in self.topics:
             lines += ["", _headline(topic), *_table(topic.groups)]
             lines += [f"  {line}" for s in topic.streams for line in _remarks(s)]
+        lines += ["", *self.errors] if self.errors else []
         return "\n".join(lines)
 
 

@@ -76,10 +76,13 @@ class Tail:
 
     @property
     def position(self) -> dict[str, str]:
-        """Stream -> id of the entry that came last, or was passed over; empty before `ready`.
+        """Stream -> id of the entry that came last, or was passed over; before `ready`, of `after`.
 
-        As `after` it makes another tail go on exactly there. It can be written as JSON.
+        As `after` it makes another tail go on exactly there. It can be written as JSON. Empty if
+        nothing is known yet: a tail from now on, or from a time, that has not begun.
         """
+        if not self._places and isinstance(self._after, dict):
+            return {s: place.at.decode() for s, place in self._after.items() if place}
         return {stream: place.at.decode() for stream, place in self._places.items()}
 
     async def ready(self) -> None:
@@ -87,7 +90,7 @@ class Tail:
 
         HGET per topic; from now on also XINFO STREAM per stream. Errors: UnknownTopic,
         DeclarationError for a position that names other streams, the ServerError family, BusClosed;
-        a server that is away is waited for, 5 s.
+        a server that is away is waited for, 15 s.
         """
         if self._drop is None or self._over or self._hub.closed:
             async with self._turn:  # else somebody may hold it who waits for the next event
@@ -146,7 +149,9 @@ class Tail:
         self._drop = _leave_when_dropped(self, self._hub, self._seat)
         self._places = {s: start or ends[s].copy() for s, start in starts.items()}
         if len(ends) == len(starts):
-            self._hub.join(self._seat, ends)
+            for stream, at in self._hub.join(self._seat, ends).items():
+                if order(at) > order(self._places[stream].at):  # it is that far ahead of our look
+                    self._places[stream].move(at)
 
     async def _starts(self, patience_s: float) -> dict[str, Place | None]:
         """Return where each stream is to be read from; None for its end."""
@@ -243,6 +248,8 @@ class Tail:
             batch = work.result()
         except Exception:
             self._past = self._seat.error = None  # it may be halfway through something
+            self._hub.part(self._seat)  # what came meanwhile lies beyond what was not read
+            self._seat.clear()
             raise
         if batch is not None:
             self._start(batch)
@@ -272,7 +279,8 @@ class Tail:
         self.gaps += len(batch.gaps)
         for gap in batch.gaps:
             place = self._places[gap.stream]
-            if gap.at != gap.after and place.met:
+            # Only where the stream is behind us: the hub may be, when it tells what was trimmed.
+            if order(gap.at) < order(gap.after) and place.met:
                 place.at, place.met = gap.at, False
         late = False
         for stream, first in batch.starts.items():
@@ -314,7 +322,12 @@ def _parsed(after: After, names: list[str]) -> "Place | dict[str, Place | None] 
                 f"after names {stream!r}, which is no stream of {', '.join(names)}:"
                 " a position belongs to the topics it was taken from"
             )
-    return {stream: _place(position) for stream, position in after.items()} or None
+    if not after:
+        raise DeclarationError(
+            "after is an empty position, of a tail that had not begun: leave it out for what comes"
+            " from now on, or say from where, such as 'start' or '@-1h'"
+        )
+    return {stream: _place(position) for stream, position in after.items()}
 
 
 def _is_partition_of(stream: str, names: list[str]) -> bool:

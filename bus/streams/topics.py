@@ -144,15 +144,21 @@ class TopicTable:
     async def known(self) -> dict[str, Record]:
         """Return what holds for every topic that is recorded or declared here, by name. HGETALL.
 
-        A record that cannot be read is left out of it: see `recorded` for what is wrong with it.
+        A record that cannot be read is left out of it: see `overview` for what is wrong with it.
         """
+        return (await self.overview())[0]
+
+    async def overview(self) -> tuple[dict[str, Record], tuple[str, ...]]:
+        """Return what is known, and what is wrong with the records that cannot be read. HGETALL."""
         found = {name: Record.of(topic) for name, topic in self._declared.items()}
+        wrong = []
         for name, standing in (await self._store.topic_records()).items():
             try:
-                found[name] = _parsed(name, standing)
-            except DeclarationError:
+                found[checked_name(name, "topic name")] = _parsed(name, standing)
+            except DeclarationError as error:
                 found.pop(name, None)
-        return dict(sorted(found.items()))
+                wrong.append(str(error))
+        return dict(sorted(found.items())), tuple(wrong)
 
     async def existing(self, name: str) -> Record:
         """Return what holds for a topic that somebody has declared, used, or has events of.

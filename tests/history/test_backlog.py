@@ -623,7 +623,7 @@ async def test_groups_that_others_named_are_shown_as_well_as_can_be(bus, redis):
     await redis.xadd(b"bus:{queue:0}:inbox:caf\xff", {"n": "1"})
     await redis.xreadgroup(b"caf\xff", "me", {S: ">"}, count=1)
     backlog = await bus.backlog("queue")
-    assert backlog.of("caf�") == backlog.groups[0]
+    assert backlog.of("caf\\xff") == backlog.groups[0]
     assert (backlog.groups[0].pending, backlog.groups[0].inbox) == (1, 1)
     str(backlog).encode()
 

@@ -20,6 +20,7 @@ from bus import (
     PermissionDenied,
     Reject,
     RetryLater,
+    ServerRefused,
     Snapshot,
     Topic,
     UnknownTopic,
@@ -40,6 +41,7 @@ from bus.streams.replies import ReplyError
 from tests.faults.crew import Crew
 from tests.faults.deeds import GROUP as DEEDS
 from tests.faults.deeds import Deed
+from tests.proxy import Proxy
 from tests.servers import ask
 from tests.test_docs import ROOT, blocks, run
 from tests.witness import eventually
@@ -440,7 +442,7 @@ def test_a_group_whose_consumers_could_not_be_seen_has_what_it_has_pending():
 
 def test_the_server_is_asked_about_leases_in_bytes():
     found = judged([(b"caf\xff", 1, 0)], [], [b"caf\xff"], {b"caf\xff": b"g\xff"}, b"g\xff")
-    assert (found.consumers[0].name, found.served) == ("caf�", True)
+    assert (found.consumers[0].name, found.served) == ("caf\\xff", True)
 
 
 # --- the stream itself
@@ -714,9 +716,9 @@ async def test_groups_and_consumers_that_others_named_in_any_bytes(bus, redis):
     await redis.xgroup_create(S, "\x1b[2Jé", "0")
     await redis.xgroup_create(S, "", "0")
     snapshot = await bus.inspect()
-    found = snapshot.topic("look").group("caf�")
+    found = snapshot.topic("look").group("caf\\xff")
     assert (found.running, found.inbox, found.dead, found.undelivered) == (1, 1, 1, 2)
-    assert found.consumers[0].name == "�\x1b[2J"
+    assert found.consumers[0].name == "\\xfe\x1b[2J"
     assert "\x1b" not in str(snapshot)
     json.loads(msgspec.json.encode(snapshot))
 
@@ -725,8 +727,27 @@ async def test_groups_and_consumers_that_others_named_in_any_bytes(bus, redis):
 async def test_what_is_wrong_with_the_server_is_raised(bus, redis, monkeypatch, asked):
     await busy(redis)
     answer(bus, monkeypatch, asked, ReplyError("LOADING", "Redis is loading"))
-    with pytest.raises(ReplyError, match="LOADING"):
+    monkeypatch.setattr(inspector, "INSPECT_PATIENCE_S", 0.1)
+    with pytest.raises(ServerRefused, match="LOADING"):
         await bus.inspect()
+
+
+async def test_a_record_that_cannot_be_read_is_named(bus, redis):
+    await redis.hset("bus:topics", mapping={"broken": "{", "no name": '{"partitions": 1}'})
+    snapshot = await bus.inspect()
+    assert [e for e in snapshot.errors if "broken" in e]
+    assert [e for e in snapshot.errors if "'no name'" in e]
+    assert "broken" in str(snapshot)
+    assert {t.name for t in snapshot.topics}.isdisjoint({"broken", "no name"})
+
+
+async def test_a_connection_that_is_cut_is_made_again(server):
+    async with Proxy(server.port) as proxy, Bus.connect(proxy.url) as bus:
+        before = await bus.inspect()
+        proxy.lose_replies = 1
+        after = await bus.inspect()
+        assert proxy.lost == 1
+        assert [t.name for t in after.topics] == [t.name for t in before.topics]
 
 
 async def test_what_the_server_does_not_understand_is_told(bus, redis, monkeypatch):

@@ -27,7 +27,7 @@ from bus import (
     WrongKeyType,
 )
 from bus.config import TAIL_ENTRIES
-from bus.history import hub
+from bus.history import hub, past
 from bus.history import tail as tail_module
 from tests.servers import ask
 from tests.witness import Witness, eventually
@@ -213,7 +213,6 @@ async def test_one_task_may_ask_whether_it_is_ready_while_another_waits(bus: Bus
         ("@-2h", []),
         (None, []),
         ("end", []),
-        ({}, []),
         ({FIRST: "end"}, []),
     ],
 )
@@ -224,6 +223,106 @@ async def test_an_id_is_left_out_and_a_time_is_included(bus, url, after, ids) ->
     last = (await bus.publish(Said(n=9))).entry_id
     assert [e.entry_id for e in await some(tail, len(ids) + 1)] == [*ids, last]
     assert tail.gaps == 0
+
+
+async def test_a_tail_that_did_not_begin_keeps_the_place_it_was_given(bus: Bus, url: str) -> None:
+    """Stopped before its first entry, it must not lose what its predecessor had reached."""
+    await with_ids(url, FIRST, "1000-0", "2000-0", "3000-0")
+    before = bus.tail("tailedone", after={FIRST: "1000-0"})
+    assert before.position == {FIRST: "1000-0"}
+    resumed = bus.tail("tailedone", after=before.position)
+    assert [e.entry_id for e in await some(resumed, 2)] == ["2000-0", "3000-0"]
+    with pytest.raises(DeclarationError, match="empty position, of a tail that had not begun"):
+        bus.tail("tailedone", after=bus.tail("tailedone").position)
+
+
+async def test_every_loss_is_told_not_only_the_first(bus: Bus, watchful: None) -> None:
+    async def batch(first: int, last: int, keep: int | None = None) -> None:
+        async with bus.redis.pipeline(transaction=True) as pipe:
+            for n in range(first, last):
+                fields = {"id": f"i{n}", "type": "tailedone.said", "data": f'{{"n":{n}}}'}
+                pipe.xadd(FIRST, fields)  # type: ignore[arg-type]
+            if keep:
+                pipe.xtrim(FIRST, maxlen=keep, approximate=False)
+            await pipe.execute()
+
+    tail = bus.tail("tailedone")
+    await tail.ready()
+    await batch(0, 1)
+    assert await numbers(tail, 1) == [0]
+    await batch(1, 1_001, keep=5)
+    assert await numbers(tail, 5) == list(range(996, 1_001))
+    waiting = asyncio.create_task(anext(tail))
+    await eventually(lambda: tail.gaps == 1)
+    waiting.cancel()
+    for first in range(1_001, 6_001, 1_000):
+        await batch(first, first + 1_000)
+    await eventually(lambda: not tail._seat.streams)
+    await bus.redis.xtrim(FIRST, maxlen=10, approximate=False)
+    # What lies before it is given first, if it was read: what comes last was never there to read.
+    seen: list[int] = []
+    while not seen or seen[-1] != 6_000:
+        seen += await numbers(tail, 1)
+    assert seen[-10:] == list(range(5_991, 6_001))
+    assert tail.gaps == 2
+
+
+async def test_an_error_in_between_leaves_nothing_out(bus: Bus, monkeypatch: Any) -> None:
+    """What lies between the tail and those who read on is read again, before what comes."""
+    other = bus.tail("tailedone")
+    await other.ready()
+    eating = asyncio.create_task(some(other, 25))
+    await bus.publish_many(says(range(10)))
+    look, read = past.sound_extents, past.pages
+    late = refused = False
+
+    async def look_late(archive: Any, streams: Any) -> Any:
+        """More comes between the look at the end and the joining."""
+        nonlocal late
+        found = await look(archive, streams)
+        if not late:
+            late = True
+            await bus.publish_many(says(range(10, 20)))
+            await eventually(lambda: order_of(other) >= 19)
+        return found
+
+    async def read_refused(archive: Any, wanted: Any) -> Any:
+        nonlocal refused
+        if late and not refused:
+            refused = True
+            raise PermissionDenied("for a moment")
+        return await read(archive, wanted)
+
+    def order_of(tail: Tail) -> int:
+        return len(tail._batch.entries) and tail._batch.envelope(tail._next - 1).event.n  # type: ignore[attr-defined,no-any-return]
+
+    monkeypatch.setattr(past, "sound_extents", look_late)
+    monkeypatch.setattr(past, "pages", read_refused)
+    tail = bus.tail("tailedone", after="start")
+    seen: list[int] = []
+
+    async def all_that_comes() -> None:
+        while True:
+            seen.extend(await numbers(tail, 1))
+
+    with pytest.raises(PermissionDenied):
+        await all_that_comes()
+    await bus.publish_many(says(range(20, 25)))
+    seen += await numbers(tail, 25 - len(seen))
+    assert seen == list(range(25))
+    assert tail.gaps == 0
+    await eating
+
+
+async def test_leaving_what_is_yet_to_be_listed_ends_the_hurry(valkey: Bus) -> None:
+    idle = valkey.tail("tailedone", after="start")
+    first, second = valkey.tail("tailedone"), valkey.tail("tailed")
+    for tail in (idle, first):
+        await tail.ready()
+    await second.ready()
+    await asyncio.gather(second.aclose(), first.aclose())
+    await eventually(lambda: valkey._hub._hurrying is None or valkey._hub._hurrying.done())
+    await idle.aclose()
 
 
 async def test_a_time_to_come_is_waited_for(bus: Bus, url: str) -> None:
