@@ -35,12 +35,12 @@ class Level(enum.IntEnum):
     HIGH = 2
 
 
-class Rights(enum.Flag):
+class Rights(enum.Flag, boundary=enum.STRICT):  # the default is another before 3.11.4
     READ = 1
     WRITE = 2
 
 
-class MoreRights(enum.Flag):
+class MoreRights(enum.Flag, boundary=enum.STRICT):
     READ = 1
     WRITE = 2
     OWN = 4
