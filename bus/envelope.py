@@ -58,5 +58,11 @@ _LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last that a da
 
 def entry_time(entry_id: bytes | str) -> datetime:
     """Return the UTC time at which the server appended the entry (its id counts ms)."""
-    ms = entry_id.partition(b"-" if isinstance(entry_id, bytes) else "-")[0]  # type: ignore[arg-type]
-    return datetime.fromtimestamp(min(int(ms), _LATEST_MS) / 1000, UTC)
+    return datetime.fromtimestamp(min(order(entry_id)[0], _LATEST_MS) / 1000, UTC)
+
+
+def order(entry_id: bytes | str) -> tuple[int, int]:
+    """Return what entry ids are ordered by: milliseconds and sequence; "" comes before all."""
+    text = entry_id if isinstance(entry_id, str) else entry_id.decode()
+    ms, _, sequence = text.partition("-")
+    return int(ms or 0), int(sequence or 0)

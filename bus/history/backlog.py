@@ -12,18 +12,18 @@ else                   counted, up to 10,000; where more are left it is "at leas
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from bus.config import INSPECT_PATIENCE_S
+from bus.envelope import entry_time, order
 from bus.history.patience import patiently
 from bus.streams.inspection import LOOKED_AHEAD, RECENT_MS, GroupSeen, StreamSeen, count, look
-from bus.streams.lag import parsed, undelivered_of
+from bus.streams.lag import undelivered_of
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
 
 COUNTED_MOST = 10_000  # undelivered entries that are counted where the server keeps no counter
 STREAMS_AT_ONCE = 64  # streams looked at in one write; their replies are in memory together
-_LATEST_MS = 253_402_300_799_999  # the end of the year 9999, the last that a datetime can say
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +157,9 @@ def appends_per_s(newest: Sequence[bytes], now_ms: int) -> float:
 
     Entries after the oldest of them, over the time since then: it decays while nothing comes.
     """
-    if not newest or now_ms - parsed(newest[0])[0] > RECENT_MS:
+    if not newest or now_ms - order(newest[0])[0] > RECENT_MS:
         return 0.0
-    return (len(newest) - 1) * 1000 / max(1, now_ms - parsed(newest[-1])[0])
+    return (len(newest) - 1) * 1000 / max(1, now_ms - order(newest[-1])[0])
 
 
 def pinning(groups: Iterable[GroupSeen]) -> tuple[GroupSeen, bytes] | None:
@@ -168,8 +168,8 @@ def pinning(groups: Iterable[GroupSeen]) -> tuple[GroupSeen, bytes] | None:
     for group in groups:
         ids = group.ahead[:1] + ([group.oldest_pending] if group.oldest_pending else [])
         if ids:
-            needs.append((group, min(ids, key=parsed)))
-    return min(needs, key=lambda need: parsed(need[1]), default=None)
+            needs.append((group, min(ids, key=order)))
+    return min(needs, key=lambda need: order(need[1]), default=None)
 
 
 async def of_stream(store: StreamStore, seen: StreamSeen, record: Record) -> StreamBacklog:
@@ -203,7 +203,7 @@ async def of_stream(store: StreamStore, seen: StreamSeen, record: Record) -> Str
         room,
         tuple(groups),
         None if pin is None else name_of(pin[0].group),
-        None if pin is None else _time(pin[1]),
+        None if pin is None else entry_time(pin[1]),
         None if pin is None else seconds_left(room, rate),
     )
 
@@ -230,7 +230,7 @@ async def _spare(store: StreamStore, stream: str, floor: bytes, most: int) -> in
 
 
 def _age_s(group: GroupSeen, now_ms: int) -> float | None:
-    return max(0, now_ms - parsed(group.ahead[0])[0]) / 1000 if group.ahead else None
+    return max(0, now_ms - order(group.ahead[0])[0]) / 1000 if group.ahead else None
 
 
 def seconds_left(room: int, per_s: float) -> float | None:
@@ -243,10 +243,6 @@ def seconds_left(room: int, per_s: float) -> float | None:
 def name_of(group: bytes) -> str:
     """Return a group's name to be shown; others may have given it any bytes."""
     return group.decode(errors="backslashreplace")
-
-
-def _time(entry_id: bytes) -> datetime:
-    return datetime.fromtimestamp(min(parsed(entry_id)[0], _LATEST_MS) / 1000, UTC)
 
 
 def duration(seconds: float) -> str:

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-from bus.envelope import Envelope
+from bus.envelope import Envelope, order
 from bus.history.event_store import envelope_of
-from bus.history.place import Gap, order
+from bus.history.place import Gap
 from bus.streams.answers import RawEntry
 
 _SAMPLED = 8  # every so many entries are measured; those of one stream are much alike

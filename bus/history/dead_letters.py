@@ -16,11 +16,12 @@ from bus.config import (
     checked_name,
     checked_number,
 )
+from bus.envelope import order
 from bus.errors import DeclarationError, LetterGone, Undecodable, UnknownGroup, WrongKeyType
 from bus.history.event_store import Found, merged
 from bus.history.export import TextFile, export
 from bus.history.letter import Letter, letter_of
-from bus.history.letter_id import LetterId, order, parsed
+from bus.history.letter_id import LetterId, parsed
 from bus.history.mend import Edit
 from bus.history.patience import patiently
 from bus.history.position import Position, span

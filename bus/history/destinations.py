@@ -76,7 +76,11 @@ class Destination:
         """Take a batch, each entry once per run if the server remembers it. Errors: OutOfStep."""
         raise NotImplementedError
 
-    async def recall(self, run: str, streams: Sequence[str]) -> Memory | None:  # noqa: ARG002
+    async def recall(
+        self,
+        run: str,  # noqa: ARG002 - the others do
+        streams: Sequence[str],  # noqa: ARG002
+    ) -> Memory | None:
         """Ask the server how far a run has come. None if it is not told."""
         return None
 

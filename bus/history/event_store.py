@@ -18,7 +18,7 @@ from bus.config import (
     SLOT_TURN_S,
     checked_number,
 )
-from bus.envelope import Envelope, entry_time
+from bus.envelope import Envelope, entry_time, order
 from bus.errors import Undecodable
 from bus.event import Event
 from bus.history.patience import patiently
@@ -260,8 +260,8 @@ class _Pages:
 
 def _order(entry_id: bytes, *, reverse: bool) -> Order:
     """Return what an entry is ordered by: backwards, the newest is the smallest."""
-    ms, _, sequence = entry_id.partition(b"-")
-    return (-int(ms), -int(sequence)) if reverse else (int(ms), int(sequence))
+    ms, sequence = order(entry_id)
+    return (-ms, -sequence) if reverse else (ms, sequence)
 
 
 def envelope_of(stream: str, entry: RawEntry) -> Envelope:

@@ -56,7 +56,7 @@ async def _write(threads: Executor, letters: AsyncIterator[Letter], file: TextFi
         size += len(lines[-1])
         if size >= READ_BYTES:
             text, lines, size = "".join(lines), [], 0
-            await _in(threads, lambda text=text: file.write(text))  # type: ignore[misc]
+            await _in(threads, lambda text=text: file.write(text))  # type: ignore[misc] # a lambda with a default
     await _in(threads, lambda: file.write("".join(lines)))
     return count
 

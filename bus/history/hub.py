@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 from bus.config import BLOCK_MS, READ_BYTES, READ_COUNT
+from bus.envelope import order
 from bus.errors import BusClosed, BusError
 from bus.history.batch import Batch, size_of
 from bus.history.patience import patiently
-from bus.history.place import Gap, Place, order, reaches
+from bus.history.place import Gap, Place, reaches
 from bus.history.proof import Proofs
 from bus.history.seat import Seat
 from bus.sender import is_transient

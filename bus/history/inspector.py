@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from bus.config import HEARD_OF_MS, INSPECT_PATIENCE_S, checked_name
+from bus.envelope import order
 from bus.errors import DeclarationError, PermissionDenied
 from bus.history.backlog import (
     STREAMS_AT_ONCE,
@@ -31,7 +32,6 @@ from bus.history.snapshot import (
 )
 from bus.streams.answers import Consumer
 from bus.streams.keys import lane_due_ms
-from bus.streams.lag import parsed
 from bus.streams.overview import GroupLook, StreamLook, overview, server_look
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
@@ -199,7 +199,7 @@ def _is_served(look: StreamLook, group: GroupLook, alive: set[bytes]) -> bool:
 def pinning(groups: Iterable[GroupLook]) -> tuple[bytes, bytes] | None:
     """Return the group that needs the oldest entry, and that entry's id; None if none is needed."""
     needs = [
-        (parsed(entry_id), group.group, entry_id)
+        (order(entry_id), group.group, entry_id)
         for group in groups
         for entry_id in (group.oldest_undelivered, group.oldest_pending)
         if entry_id is not None
@@ -285,4 +285,4 @@ def _end(look: StreamLook, which: str) -> bytes | None:
 
 
 def _age_s(entry_id: bytes | None, now_ms: int) -> float | None:
-    return None if entry_id is None else max(0, now_ms - parsed(entry_id)[0]) / 1000
+    return None if entry_id is None else max(0, now_ms - order(entry_id)[0]) / 1000

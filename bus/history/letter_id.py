@@ -30,9 +30,3 @@ def parsed(letter_id: str, topic: str | None) -> LetterId:
     if topic not in (None, found[1]):
         raise DeclarationError(f"{letter_id} is of the topic {found[1]}, not of {topic}")
     return LetterId(keys.stream(checked_name(found[1], "topic name"), int(found[2])), found[3])
-
-
-def order(entry_id: str) -> tuple[int, int]:
-    """Return what entry ids are ordered by."""
-    ms, _, sequence = entry_id.partition("-")
-    return int(ms), int(sequence)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from functools import partial
 
 from bus.config import FIRST_PAGE, READ_BYTES, READ_COUNT
+from bus.envelope import order
 from bus.history.batch import Batch, size_of
 from bus.history.hub import tell_failure, tell_gap
 from bus.history.patience import patiently
-from bus.history.place import Gap, Place, order
+from bus.history.place import Gap, Place
 from bus.streams.answers import RawEntry
 from bus.streams.follower import Extent, pages, sound_extents
 from bus.streams.stream import StreamStore

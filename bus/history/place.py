@@ -2,16 +2,11 @@
 
 from typing import NamedTuple
 
+from bus.envelope import order
 from bus.streams.follower import Extent
 
 START = b"0-0"  # before every entry
 LAST = 2**64 - 1  # the largest number in an id
-
-
-def order(entry_id: bytes) -> tuple[int, int]:
-    """Return what ids are compared by."""
-    ms, _, sequence = entry_id.partition(b"-")
-    return int(ms), int(sequence or 0)
 
 
 def reaches(extent: Extent, entry_id: bytes) -> bool:

@@ -24,7 +24,7 @@ from bus.config import (
     SAMPLE,
 )
 from bus.delivery import REPLAY
-from bus.envelope import Envelope, entry_time
+from bus.envelope import Envelope, entry_time, order
 from bus.errors import CheckpointError, InvalidEvent, Undecodable
 from bus.history.checkpoint import Checkpoint, Place, Saved
 from bus.history.destinations import Destination, OutOfStep, tell_unreadable
@@ -131,7 +131,7 @@ async def _find_out(saved: Saved, destination: Destination) -> None:
                 " delete the checkpoint if there is one, and start over"
             )
         # An older one: the server was restored to what it was before, with what had been put.
-        if last and (_order(last) < _order(place.done) or _order(last) > _order(place.read)):
+        if last and (order(last) < order(place.done) or order(last) > order(place.read)):
             place.read = last.decode()
         place.done = last.decode()
     saved.counts.replayed = sum(total for _, total in memory.values())
@@ -378,9 +378,9 @@ class _Run:
         """Return how much of the range is behind it, by time: ids are milliseconds."""
         if not self._last:
             return 1.0 if self._saved.finished else 0.0
-        first = min(_order(p.first)[0] for p in self._saved.places.values())
-        last = max(_order(p.last)[0] for p in self._saved.places.values())
-        return min(1.0, (_order(self._last)[0] - first + 1) / (last - first + 1))
+        first = min(order(p.first)[0] for p in self._saved.places.values())
+        last = max(order(p.last)[0] for p in self._saved.places.values())
+        return min(1.0, (order(self._last)[0] - first + 1) / (last - first + 1))
 
 
 def _check_is_event(entry: RawEntry) -> None:
@@ -392,9 +392,3 @@ def _check_is_event(entry: RawEntry) -> None:
             raise Undecodable(f"the entry has no field `{name}`")
     if len(fields) > _MOST_FIELDS:
         raise InvalidEvent(f"the entry has {len(fields) // 2:,} fields, too many to be copied")
-
-
-def _order(entry_id: bytes | str) -> tuple[int, int]:
-    text = entry_id if isinstance(entry_id, str) else entry_id.decode()
-    ms, _, sequence = text.partition("-")
-    return int(ms or 0), int(sequence or 0)

@@ -10,14 +10,14 @@ from types import TracebackType
 from typing import Self
 
 from bus.config import LOOK_PATIENCE_S, TOPICS_S, checked_name
-from bus.envelope import Envelope
+from bus.envelope import Envelope, order
 from bus.errors import BusClosed, BusError, DeclarationError
 from bus.history.batch import Batch
 from bus.history.event_store import streams_of
 from bus.history.hub import Hub, tell_gap
 from bus.history.past import Past
 from bus.history.patience import patiently
-from bus.history.place import LAST, START, Place, order
+from bus.history.place import LAST, START, Place
 from bus.history.position import Position, as_id
 from bus.history.seat import Seat
 from bus.history.selection import Selection

@@ -204,7 +204,7 @@ def _facts(kind: Any) -> Schema:
     elif isinstance(kind, inspect.EnumType) and issubclass(kind.cls, enum.Flag):
         facts["type"] = "integer"
         # Others take values that no member stands for: any.
-        if kind.cls._boundary_ is enum.STRICT:  # type: ignore[attr-defined]
+        if kind.cls._boundary_ is enum.STRICT:  # type: ignore[attr-defined] # the stubs lack it
             facts["x-bus-type"] = "flags"
             facts["x-bus-flags"] = sorted(member.value for member in kind.cls)
     return {name: fact for name, fact in facts.items() if fact is not None}

@@ -23,13 +23,9 @@ id> makes the server say null, and count afresh once the group has read to the e
 
 from typing import Any
 
+from bus.envelope import order
+
 Id = tuple[int, int]
-
-
-def parsed(entry_id: bytes) -> Id:
-    """Return an entry id as numbers: milliseconds and sequence."""
-    ms, _, sequence = entry_id.partition(b"-")
-    return int(ms), int(sequence)
 
 
 def undelivered_of(row: dict[str, Any], info: dict[str, Any]) -> int | None:
@@ -39,13 +35,13 @@ def undelivered_of(row: dict[str, Any], info: dict[str, Any]) -> int | None:
     """
     if not info["first-entry"]:
         return 0
-    delivered = parsed(row["last-delivered-id"])
-    if delivered >= parsed(info["last-entry"][0]):
+    delivered = order(row["last-delivered-id"])
+    if delivered >= order(info["last-entry"][0]):
         return 0
-    if delivered < parsed(info["first-entry"][0]):
+    if delivered < order(info["first-entry"][0]):
         return int(info["length"])
     lag = row.get("lag")
     # The first entry was delivered, so fewer than all are left; see the head of this file.
     if lag is None or not 0 < lag < info["length"]:
         return None
-    return None if parsed(info["max-deleted-entry-id"]) > delivered else int(lag)
+    return None if order(info["max-deleted-entry-id"]) > delivered else int(lag)

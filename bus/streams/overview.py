@@ -20,12 +20,13 @@ from bisect import bisect_right
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from bus.envelope import order
 from bus.errors import BusError
 from bus.streams import keys
 from bus.streams.answers import Consumer
 from bus.streams.connection import Arg
 from bus.streams.inspection import NEWEST, RECENT_MS, beside, shown
-from bus.streams.lag import Id, parsed, undelivered_of
+from bus.streams.lag import Id, undelivered_of
 from bus.streams.replies import TRANSIENT, Reply, ReplyError, row_of
 from bus.streams.stream import StreamStore
 
@@ -168,7 +169,7 @@ class _GroupQuestions:
         self.undelivered = undelivered_of(self.row, info)
         if self.undelivered == 0:
             return
-        if parsed(self.delivered) < parsed(first):
+        if order(self.delivered) < order(first):
             self.next = first
         else:
             self.ahead = ("XRANGE", stream, b"(" + self.delivered, "+", "COUNT", 1)
@@ -259,11 +260,11 @@ class _Look:
         entry_bytes = sum(64 + sum(map(len, fields)) for _, fields in ends) // 2
         unknown = [g.delivered for g in self._groups if g.undelivered is None]
         if unknown:
-            beyond = b"(" + min(unknown, key=parsed)
+            beyond = b"(" + min(unknown, key=order)
             self._most = max(1, min(COUNTED_MOST, most_bytes // entry_bytes))
             self._page = ("XREVRANGE", self._stream, "+", beyond, "COUNT", self._most + 1)
         told = self._counted and "entries-added" in self._info
-        if not told and self._now_ms - parsed(ends[1][0])[0] <= RECENT_MS:
+        if not told and self._now_ms - order(ends[1][0])[0] <= RECENT_MS:
             most = max(1, min(NEWEST, NEWEST_BYTES // entry_bytes))
             self._newest = ("XREVRANGE", self._stream, "+", "-", "COUNT", most + 1)
 
@@ -274,7 +275,7 @@ class _Look:
         leases = self._leases()
         newest = [bytes(r[0]) for r in self._got(self._newest) or ()]
         rows = self._got(self._page)
-        page = None if rows is None else [parsed(r[0]) for r in reversed(rows)]
+        page = None if rows is None else [order(r[0]) for r in reversed(rows)]
         groups = [self._group(g, page) for g in self._groups]
         return StreamLook(
             self._stream,
@@ -326,7 +327,7 @@ class _Look:
         """Return how many of the newest entries lie beyond an id, and whether there are more."""
         if page is None:  # it may not be looked at
             return 0, True
-        ahead = len(page) - bisect_right(page, parsed(delivered))
+        ahead = len(page) - bisect_right(page, order(delivered))
         return min(ahead, self._most), ahead > self._most
 
     def _id(self, command: Command | None) -> bytes | None:
