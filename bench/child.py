@@ -1,242 +1,139 @@
-"""One timed run of one system in a process of its own: `python -m bench.child SYSTEM TEST ...`.
+"""One system in a process of its own: takes orders on stdin, answers each in a line of JSON.
 
-Prints one JSON line. Counts are checked here, before a rate exists.
+`python -m bench.child MODULE`. An order is a JSON object, and `do` says what: "fill", "publish",
+"pace", or "work", which ends the process, since not every system can be stopped and used again.
 """
 
-import argparse
 import asyncio
 import gc
+import importlib
 import json
+import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from bench import bare_hiredis, bare_redispy
-from bench.work import (
-    LANES,
-    NODE,
-    QUOTA_STREAM,
-    QUOTAS,
-    STANDINGS,
-    STREAM,
-    TOPIC,
-    DocumentCreated,
-    QuotaExceeded,
-    make_events,
-    peak_rss_mb,
-    quota_of,
-)
-from bus import Bus, Delivery, Topic, Worker, event_handler
-from bus.streams.topics import Record
+from bench.work import BATCH, LANES, Board, Work, make_fields
+
+Order = dict[str, Any]
 
 
-async def consume_bus(
-    url: str, group: str, count: int, handler: Callable[..., Awaitable[None]]
-) -> float:
-    """Run a Worker with all its parts until `count` entries are acked."""
-    times: dict[str, float] = {}
-    acked = 0
-    done = asyncio.Event()
-
-    def listen(name: str, fields: dict[str, Any]) -> None:
-        nonlocal acked
-        if name == "worker.started":
-            times["start"] = time.perf_counter()
+async def fill(system: Any, order: Order) -> Order:
+    """Publish a backlog as fast as the system can."""
+    publisher = await system.publisher(order["url"])
+    events = [publisher.event(f) for f in make_fields(min(order["count"], 4 * BATCH))]
+    for start in range(0, order["count"], len(events)):
+        part = events[: order["count"] - start]
+        if hasattr(publisher, "publish_many"):
+            for first in range(0, len(part), BATCH):
+                await publisher.publish_many(part[first : first + BATCH])
         else:
-            acked += fields["count"]
-            if acked >= count:
-                times["end"] = time.perf_counter()
-                done.set()
-
-    async with Bus.connect(url) as bus:
-        bus.telemetry.attach("worker.started", listen)
-        bus.telemetry.attach("delivery.acked", listen)
-        decorated = event_handler(DocumentCreated, group=group)(handler)
-        async with Worker(bus, handlers=[decorated]):
-            await done.wait()
-    return times["end"] - times["start"]
+            await _by_lanes(publisher, part)
+    await publisher.close()
+    return {"published": order["count"]}
 
 
-async def consume(system: str, url: str, group: str, count: int) -> dict[str, Any]:
-    """Drain `count` entries with a no-op handler; check that each was handled and acked."""
-    handled = 0
-
-    async def handler(_: DocumentCreated) -> None:
-        nonlocal handled
-        handled += 1
-
-    run = consume_bus if system == "bus" else bare_redispy.consume
-    cpu = time.process_time()
-    seconds = await run(url, group, count, handler)
-    cpu = time.process_time() - cpu
-    async with Bus.connect(url) as bus:
-        pending = (await bus.redis.xpending(STREAM, group))["pending"]
-    if handled != count or pending:
-        raise SystemExit(f"{system}: handled {handled} of {count}, {pending} pending")
-    return {"rate": count / seconds, "cpu_us": cpu / count * 1e6, "rss_mb": peak_rss_mb()}
-
-
-async def consume_with_effects(system: str, url: str, group: str, count: int) -> dict[str, Any]:
-    """Drain `count` entries with a handler that deducts from quotas; check them to the token.
-
-    "quota" deducts and nothing else; "quota-event" publishes an event, too, if that crossed zero.
-    """
-    tells = system == "quota-event"
-
-    async def handler(event: DocumentCreated, delivery: Delivery[DocumentCreated]) -> None:
-        quota, used = quota_of(event), event.tokens
-        left = delivery.effects.hincrby(f"{group}:{quota}", "tokens", -used)
-        if tells:
-            crossed = left.between(-used, -1)
-            delivery.effects.publish(QuotaExceeded(quota=quota, used=used), when=crossed)
-
-    cpu = time.process_time()
-    seconds = await consume_bus(url, group, count, handler)
-    cpu = time.process_time() - cpu
-    used: Counter[str] = Counter()
-    for event in make_events(count):
-        used[quota_of(event)] += event.tokens
-    async with Bus.connect(url) as bus:
-        pending = (await bus.redis.xpending(STREAM, group))["pending"]
-        left = {q: int(await bus.redis.hget(f"{group}:{q}", "tokens") or 0) for q in used}
-        told = await bus.redis.xlen(QUOTA_STREAM) if tells else 0
-        await bus.redis.delete(QUOTA_STREAM)
-    if left != {q: -n for q, n in used.items()} or pending or told != (len(used) if tells else 0):
-        raise SystemExit(f"{system}: the quotas are off, {pending} pending, {told} events")
-    return {"rate": count / seconds, "cpu_us": cpu / count * 1e6}
-
-
-async def look_back(url: str, count: int) -> dict[str, Any]:
-    """Go through the history, events decoded, by type, and backwards; check each event's place."""
-    events = make_events(count)
-    rates = {}
-    async with Bus.connect(url) as bus:
-        for reverse in (False, True):
-            seen = 0
-            expected = reversed(events) if reverse else iter(events)
-            past = bus.history(TOPIC, types=[DocumentCreated], reverse=reverse)
-            started = time.perf_counter()
-            async for envelope in past:
-                seen += envelope.event == next(expected)
-            rates[reverse] = seen / (time.perf_counter() - started)
-            if seen != count:
-                raise SystemExit(f"history: {seen} of {count} events are what was published")
-    return {"rate": rates[False], "backwards": rates[True], "rss_mb": peak_rss_mb()}
-
-
-async def publish(system: str, url: str, count: int) -> dict[str, Any]:
-    """Publish `count` events from 100 concurrent callers that await each; check the stream."""
-    events = make_events(count)
-    bus = Bus.connect(url)
-    publisher: Any = bus if system == "bus" else await bare_hiredis.Publisher.open(url)
-    await publisher.publish(events[0])
-    before = await bus.redis.xlen(STREAM)
-    waiting = iter(events)
+async def publish(system: Any, order: Order) -> Order:
+    """Publish, timed: "sequential", "concurrent" or "many"; ends early when the time is up."""
+    publisher = await system.publisher(order["url"])
+    events = [publisher.event(f) for f in make_fields(order["count"] + BATCH)]
+    warm, events = events[:BATCH], events[BATCH:]
+    way = order["way"]
+    await _by_lanes(publisher, warm, lanes=1 if way == "sequential" else LANES)
     gc.collect()
     gc.freeze()
+    cpu, started = time.process_time(), time.perf_counter()
+    ends = started + order["most_s"]
+    done = 0
+    if way == "many":
+        for start in range(0, len(events), BATCH):
+            part = events[start : start + BATCH]
+            await publisher.publish_many(part)
+            done += len(part)
+            if time.perf_counter() > ends:
+                break
+    else:
+        done = await _by_lanes(publisher, events, 1 if way == "sequential" else LANES, ends)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    gc.unfreeze()
+    await publisher.close()
+    return {
+        "published": len(warm) + done,
+        "rate": done / seconds,
+        "cpu_us": cpu / done * 1e6,
+    }
+
+
+async def _by_lanes(
+    publisher: Any, events: list[Any], lanes: int = LANES, ends: float = float("inf")
+) -> int:
+    """Have `lanes` callers await each publish before the next; return how many were published."""
+    waiting = iter(events)
+    done = 0
 
     async def lane() -> None:
+        nonlocal done
         for event in waiting:
             await publisher.publish(event)
+            done += 1
+            if not done & 63 and time.perf_counter() > ends:
+                return
 
-    started = time.perf_counter()
-    await asyncio.gather(*(lane() for _ in range(LANES)))
-    seconds = time.perf_counter() - started
-    added = await bus.redis.xlen(STREAM) - before
-    if publisher is not bus:
-        await publisher.close()
-    await bus.close()
-    if added != count:
-        raise SystemExit(f"{system}: {added} entries added, {count} published")
-    return {"rate": count / seconds}
+    await asyncio.gather(*(lane() for _ in range(lanes)))
+    return done
 
 
-def _topic(standing: str, length: int) -> Topic:
-    """Return the marks that make `length` entries stand where `standing` says."""
-    keep = {"below": 100 * length, "keep": length, "pinned": length // 2}[standing]
-    return Topic(TOPIC, keep=keep, maxlen=keep + 10 * length)
+async def pace(system: Any, order: Order) -> Order:
+    """Publish at a rate, each event with the time at which it was made."""
+    publisher = await system.publisher(order["url"])
+    clock, step_ns = time.perf_counter_ns, int(1e9 / order["rate"])
+    fields = [dict(f) for f in make_fields(order["count"])]
+    due = clock()
+    for one in fields:
+        due += step_ns
+        while (left := due - clock()) > 0:  # noqa: ASYNC110 - it is a clock
+            await asyncio.sleep(left / 1e9)
+        one["tokens"] = clock()
+        await publisher.publish(publisher.event(one))
+    await publisher.close()
+    return {"published": len(fields)}
 
 
-async def _prefill(bus: Bus, standing: str, length: int) -> None:
-    """Publish `length` events that two groups are done with, and one has hardly begun if pinned."""
-    groups = ["done-1", "done-2", *(["slow"] if standing == "pinned" else [])]
-    for group in groups:
-        await bus.redis.xgroup_create(STREAM, group, id="0", mkstream=True)
-    events = make_events(1000)
-    for _ in range(length // 1000):
-        await bus.publish_many(events)
-    for group in groups[:2]:
-        # Without pending entries, as when all has been acked.
-        while await bus.redis.xreadgroup(group, "c", {STREAM: ">"}, count=5000, noack=True):
-            pass
-    if standing == "pinned":
-        await bus.redis.xreadgroup("slow", "c", {STREAM: ">"}, count=100)
-
-
-async def publish_standing(standing: str, url: str, count: int) -> dict[str, Any]:
-    """Publish into a stream far below `keep`, at it, or above it with a slow group that pins it.
-
-    The stream is as long in all three when it begins, and twice as long as what is published: so
-    at `keep` there is always something that the two groups are done with, and nobody has to read
-    meanwhile. First `count` events by 100 callers, then a fifth of that by one.
-    """
-    length = 2000 * -(-count // 1000)
-    topic = _topic(standing, length)
-    events = make_events(count)
-    figures: dict[str, Any] = {}
-    receipts = set()
-    async with Bus.connect(url, topics=[topic]) as bus:
-        await _prefill(bus, standing, length)
-
-        async def lane(waiting: Iterator[DocumentCreated]) -> None:
-            for event in waiting:
-                receipts.add((await bus.publish(event)).entry_id)
-
-        gc.collect()
-        gc.freeze()
-        for lanes, amount in ((LANES, count), (1, count // 5)):
-            waiting = iter(events[:amount])
-            started = time.perf_counter()
-            await asyncio.gather(*(lane(waiting) for _ in range(lanes)))
-            figures[f"rate_{lanes}"] = amount / (time.perf_counter() - started)
-        stands = await bus.redis.xlen(STREAM)
-    published = count + count // 5
-    most = topic.keep + Record.of(topic).slack + NODE
-    right = topic.keep <= stands <= most if standing == "keep" else stands == length + published
-    if len(receipts) != published or not right:
-        raise SystemExit(
-            f"{standing}: {len(receipts)} receipts for {published} events, {stands} entries"
-            f" after {length}, keep is {topic.keep}"
-        )
-    return figures
+async def work(system: Any, order: Order) -> Order:
+    """Work until the board says stop."""
+    board = Board(Path(order["board"]))
+    work = Work(board, order["row"], order["kind"], order["group"], order["concurrency"])
+    how = getattr(system, order.get("how", "work"))
+    if "batch" in order:
+        how = partial(how, batch=order["batch"])
+    try:
+        await how(order["url"], work)
+    except Exception as error:  # an untidy end must not lose what was measured
+        if not board.row(0)[1]:
+            raise
+        print(f"at its end: {error!r}", file=sys.stderr)
+    return dict(work.figures())
 
 
 def main() -> None:
-    """Run one test and print its figures."""
-    p = argparse.ArgumentParser()
-    systems = ("bus", "bare-redis-py", "bare-hiredis", "history", *STANDINGS, *QUOTAS)
-    p.add_argument("system", choices=systems)
-    p.add_argument("test", choices=("consume", "beside", "publish", "publish-standing"))
-    p.add_argument("--url", required=True)
-    p.add_argument("--group", default="g")
-    p.add_argument("--count", type=int, required=True)
-    a = p.parse_args()
-    if a.test == "consume":
-        figures = uvloop.run(consume(a.system, a.url, a.group, a.count))
-    elif a.system == "history":
-        figures = uvloop.run(look_back(a.url, a.count))
-    elif a.test == "beside":
-        run = consume if a.system == "bus" else consume_with_effects
-        figures = uvloop.run(run(a.system, a.url, a.group, a.count))
-    elif a.test == "publish-standing":
-        figures = uvloop.run(publish_standing(a.system, a.url, a.count))
-    else:
-        figures = uvloop.run(publish(a.system, a.url, a.count))
-    json.dump(figures, sys.stdout)
+    """Do what is asked for until stdin ends."""
+    system = importlib.import_module(f"bench.systems.{sys.argv[1]}")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a system prints is no answer
+    for line in sys.stdin:
+        order = json.loads(line)
+        answer = uvloop.run(
+            {"fill": fill, "publish": publish, "pace": pace, "work": work}[order["do"]](
+                system, order
+            )
+        )
+        print(json.dumps(answer), file=answers, flush=True)
+        if order["do"] == "work":
+            os._exit(0)
 
 
 if __name__ == "__main__":

@@ -5,125 +5,63 @@
 See README.md for the first steps and docs/guarantees.md for what is promised.
 """
 
-from bus.backoff import Backoff
-from bus.breaker import Breaker
-from bus.bus import Bus
-from bus.delivery import DeadLettered, Delivery
-from bus.effects import Effects
-from bus.envelope import Envelope
-from bus.errors import (
-    AlreadySettled,
-    AuthenticationFailed,
-    BusClosed,
-    BusError,
-    CheckpointError,
-    DeclarationError,
-    EffectNotAllowed,
-    EffectsClosed,
-    EffectsFailed,
-    EventLoop,
-    EventTooLarge,
-    InvalidEffect,
-    InvalidEvent,
-    LetterGone,
-    NoReplyYet,
-    NotSupported,
-    PermissionDenied,
-    PublishError,
-    PublishRefused,
-    PublishTimeout,
-    PublishUnknown,
-    Reject,
-    RetryLater,
-    ServerError,
-    ServerRefused,
-    ServerUnreachable,
-    ServerUnsuitable,
-    StreamFull,
-    TopicMismatch,
-    Undecodable,
-    UnknownEventType,
-    UnknownGroup,
-    UnknownTopic,
-    WrongKeyType,
-)
-from bus.event import Event
-from bus.handler import Handler, Registry, event_handler
-from bus.history.backlog import Backlog
-from bus.history.dead_letters import DeadLetters, Purged
-from bus.history.letter import Letter
-from bus.history.redrive import Redriven
-from bus.history.replay import Replayed
-from bus.history.snapshot import Snapshot
-from bus.history.tail import Tail
-from bus.history.wanted import Progress
-from bus.publisher import Receipt
-from bus.reply import Condition, Reply
-from bus.topic import Topic
-from bus.transaction import Transaction
-from bus.upcast import upcast
-from bus.worker.supervisor import Worker
+# A name is imported when it is first asked for: neither `bus --help` nor a module that declares
+# events needs to wait for a Redis client. Type checkers read `__init__.pyi`, and
+# tests/test_public_names.py holds the two together.
 
-__all__ = [
-    "AlreadySettled",
-    "AuthenticationFailed",
-    "Backlog",
-    "Backoff",
-    "Breaker",
-    "Bus",
-    "BusClosed",
-    "BusError",
-    "CheckpointError",
-    "Condition",
-    "DeadLettered",
-    "DeadLetters",
-    "DeclarationError",
-    "Delivery",
-    "EffectNotAllowed",
-    "Effects",
-    "EffectsClosed",
-    "EffectsFailed",
-    "Envelope",
-    "Event",
-    "EventLoop",
-    "EventTooLarge",
-    "Handler",
-    "InvalidEffect",
-    "InvalidEvent",
-    "Letter",
-    "LetterGone",
-    "NoReplyYet",
-    "NotSupported",
-    "PermissionDenied",
-    "Progress",
-    "PublishError",
-    "PublishRefused",
-    "PublishTimeout",
-    "PublishUnknown",
-    "Purged",
-    "Receipt",
-    "Redriven",
-    "Registry",
-    "Reject",
-    "Replayed",
-    "Reply",
-    "RetryLater",
-    "ServerError",
-    "ServerRefused",
-    "ServerUnreachable",
-    "ServerUnsuitable",
-    "Snapshot",
-    "StreamFull",
-    "Tail",
-    "Topic",
-    "TopicMismatch",
-    "Transaction",
-    "Undecodable",
-    "UnknownEventType",
-    "UnknownGroup",
-    "UnknownTopic",
-    "Worker",
-    "WrongKeyType",
-    "event_handler",
-    "upcast",
-]
+import importlib
+from typing import Any
+
+_HOMES = {
+    "backoff": "Backoff",
+    "breaker": "Breaker",
+    "bus": "Bus",
+    "channels.channel": "Channel",
+    "channels.tail": "ChannelTail",
+    "delivery": "DeadLettered Delivery",
+    "effects": "Effects",
+    "envelope": "Envelope",
+    "errors": (
+        "AlreadySettled AuthenticationFailed BusClosed BusError ChannelEnded ChannelGap"
+        " CheckpointError DeclarationError"
+        " EffectNotAllowed EffectsClosed EffectsFailed EventLoop EventTooLarge HookRejected InUse"
+        " InvalidEffect InvalidEvent LetterGone NoReplyYet NotPending NotRunning NotSupported"
+        " PermissionDenied PublishError PublishRefused PublishTimeout PublishUnknown Reject"
+        " RetryLater ServerError ServerRefused ServerUnreachable ServerUnsuitable StreamFull"
+        " TopicMismatch Undecodable UnknownEventType UnknownGroup UnknownTopic WrongKeyType"
+    ),
+    "event": "Event",
+    "handler": "Handler Registry event_handler",
+    "history.backlog": "Backlog",
+    "history.dead_letters": "DeadLetters Purged",
+    "history.letter": "Letter",
+    "history.redrive": "Redriven",
+    "history.replay": "Replayed",
+    "history.snapshot": "Snapshot",
+    "history.tail": "Tail",
+    "history.wanted": "Progress",
+    "hooks": "Hook",
+    "observers": "Observed Observer",
+    "publisher": "Receipt",
+    "raw": "raw_event",
+    "reply": "Condition Reply",
+    "topic": "Topic",
+    "transaction": "Transaction",
+    "upcasts": "upcast",
+    "worker.supervisor": "Worker",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605 - it is a list of strings
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'bus' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"bus.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,15 +2,24 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Iterable
-from datetime import datetime
-from types import TracebackType
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from typing import Any, Self, Unpack
 
 import redis.asyncio
 
+from bus.admin.admin import Admin
+from bus.channels.channel import Channel, Channels
 from bus.committer import Committer
-from bus.config import MAX_EVENT_BYTES, PRODUCER_MEMORY_S, PUBLISH_TIMEOUT_S, checked_number
+from bus.config import (
+    CHANNEL_MAXLEN,
+    CHANNEL_TTL,
+    MAX_EVENT_BYTES,
+    PRODUCER_MEMORY_S,
+    PUBLISH_TIMEOUT_S,
+    checked_number,
+)
 from bus.delivery import Delivery
 from bus.effects import Effects
 from bus.envelope import Envelope
@@ -29,27 +38,23 @@ from bus.history.selection import Predicate, Selection, Types
 from bus.history.snapshot import Snapshot
 from bus.history.tail import After, Tail
 from bus.history.wanted import OnProgress, Wanted
+from bus.local import Local
 from bus.publisher import Publisher, Receipt
-from bus.streams.address import parse_url
+from bus.streams.address import parse_url, url_of_environment
+from bus.streams.backend import Backend, backend_at
 from bus.streams.codec import Headers
-from bus.streams.connection import Server
 from bus.streams.fork import call_after_fork, forget_after_fork
-from bus.streams.server import Standalone, check_server
-from bus.streams.stream import StreamStore
 from bus.streams.topics import TopicTable
-from bus.telemetry import Telemetry
 from bus.topic import Topic
 from bus.transaction import Transaction, Transactions
 
-DEFAULT_URL = "redis://localhost:6379/0"
 
-
-class Bus:
-    """An event bus on one server; made by `Bus.connect`. Belongs to one event loop."""
+class Bus(Local):
+    """An event bus on a server or in memory; made by `Bus.connect`. Belongs to one event loop."""
 
     def __init__(
         self,
-        server: Server,
+        backend: Backend,
         topics: Iterable[Topic],
         *,
         publish_timeout_s: float,
@@ -57,8 +62,8 @@ class Bus:
         source: str | None,
         allow_eviction: bool,
     ) -> None:
-        self.telemetry = Telemetry()
-        self._server = server
+        super().__init__(self.publish)
+        self._backend = backend
         self._declared = tuple(topics)
         self._allow_eviction = allow_eviction
         self._settings: dict[str, Any] = {
@@ -86,7 +91,8 @@ class Bus:
         """Return a bus; `async with` checks the server and closes it in the end.
 
         url: redis://[user:password@]host[:port][/db], rediss:// (TLS), unix:///path; by default
-            the environment's BUS_URL, else redis://localhost:6379/0.
+            the environment's BUS_URL or REDIS_URL, else redis://localhost:6379/0. memory:// keeps
+            everything in this process, memory://name shared by its buses of that name.
         topics: declarations of this process; a topic nobody declared has one partition.
         publish_timeout_s: after this a publish fails, in seconds; below 300, half of how long the
             server remembers a batch.
@@ -100,11 +106,11 @@ class Bus:
             raise NotSupported(f"durability {durability!r} is not part of this release")
         checked_number(publish_timeout_s, "publish_timeout_s", 0.01, PRODUCER_MEMORY_S / 2 - 0.001)
         checked_number(max_event_bytes, "max_event_bytes", 64, 8 * 1024 * 1024, whole=True)
-        address = parse_url(url or os.environ.get("BUS_URL") or DEFAULT_URL)
+        address = parse_url(url or url_of_environment())
         if isinstance(topics, str):
             raise DeclarationError("topics is a list of Topic(...), not a string")
         return cls(
-            Standalone(address),
+            backend_at(address),
             topics,
             publish_timeout_s=publish_timeout_s,
             max_event_bytes=max_event_bytes,
@@ -113,19 +119,26 @@ class Bus:
         )
 
     def _wire(self) -> None:
-        self.store = StreamStore(self._server, self.telemetry)
+        publish_timeout_s = self._settings["publish_timeout_s"]
+        self.store = self._backend.store(self.telemetry)
         self.topics = TopicTable(self.store, self._declared, self.telemetry)
         self._publisher = Publisher(self.store, self.topics, self.telemetry, **self._settings)
-        self.committer = Committer(self.store, self._publisher, self.telemetry)
+        self._way_in.lead_to(self._publisher)
+        self.committer = Committer(self.store, self._publisher, self._way_in, self.telemetry)
         self._transactions = Transactions(
             self.store,
             self._publisher,
+            self._way_in,
             self.committer,
             self.telemetry,
-            publish_timeout_s=self._settings["publish_timeout_s"],
+            publish_timeout_s=publish_timeout_s,
         )
         self._inspector = Inspector(self.store, self.topics)
+        self.admin = Admin(self.store, self.topics, self._inspector, self.telemetry)
         self._hub = Hub(self.store, self.telemetry)
+        self._channels = Channels(
+            self.store, self._publisher, self._hub, self.telemetry, publish_timeout_s
+        )
         self._redis: redis.asyncio.Redis | None = None
 
     def _after_fork(self) -> None:
@@ -138,6 +151,8 @@ class Bus:
         self._abandoned.append(
             (self.store, self.topics, self._publisher, self.committer, self._hub, self._redis)
         )
+        self._abandoned.append(self._channels)
+        self._begin_anew()
         self._wire()
 
     # --- life
@@ -147,7 +162,8 @@ class Bus:
 
         Errors: the ServerError family, TopicMismatch.
         """
-        await check_server(self.store.commands, self._server, allow_eviction=self._allow_eviction)
+        self._line.bind()
+        await self._backend.check(self.store, allow_eviction=self._allow_eviction)
         await self.topics.check()
 
     async def close(self) -> None:
@@ -156,8 +172,12 @@ class Bus:
             return
         self._open = False
         forget_after_fork(self._after_fork)
-        await asyncio.gather(self._publisher.close(), self._transactions.close())
+        await self._line.close()
+        await asyncio.gather(
+            self._publisher.close(), self._transactions.close(), self._channels.close()
+        )
         self.committer.close()
+        await self._observers.close()
         await self._hub.close()
         await self.store.close()
         if self._redis is not None:
@@ -172,26 +192,36 @@ class Bus:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Close."""
         await self.close()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object) -> AsyncGenerator[dict[str, Any], None]:  # noqa: ARG002
+        """Be open as long as a web application is: `Starlette(lifespan=bus.lifespan)`.
+
+        So for FastAPI; Litestar takes a list, `lifespan=[bus.lifespan]`. `request.state.bus` is the
+        bus. Errors: as of `async with`; the application does not start.
+        """
+        if not self._open:  # an application may be started again, as by its tests
+            self._resume()
+            self._wire()
+            self._open = True
+            call_after_fork(self._after_fork)
+        async with self:
+            yield {"bus": self}
 
     @property
     def address(self) -> str:
         """Where the server is, as a URL without a password."""
-        return self._server.redacted
+        return self._backend.redacted
 
     def __repr__(self) -> str:
-        return f"<Bus {self._server.redacted}>"
+        return f"<Bus {self._backend.redacted}>"
 
     # --- publishing
 
-    async def publish(
+    def publish(
         self,
         event: Event,
         *,
@@ -202,7 +232,7 @@ class Bus:
         causation_id: str | None = None,
         traceparent: str | None = None,
         tracestate: str | None = None,
-    ) -> Receipt:
+    ) -> Coroutine[Any, Any, Receipt]:
         """Append one event to its topic and return where it is.
 
         The events of one stream that are published at the same time share one script call
@@ -215,7 +245,8 @@ class Bus:
         """
         given = (source, time, correlation_id, causation_id, traceparent, tracestate)
         headers = None if given == _NOTHING else Headers(*given)
-        return await self._publisher.publish(event, event_id, headers)
+        # Handed on and not awaited here: one more coroutine would be a tenth of its time.
+        return self._way_in.publish(event, event_id, headers)
 
     async def publish_many(
         self, events: Iterable[Event], *, source: str | None = None
@@ -225,7 +256,7 @@ class Bus:
         At most 5,000 events or 8 MiB for one stream. Errors: as `publish`; nothing is sent
         unless all events are valid. When one stream of several fails the error carries a note.
         """
-        return await self._publisher.publish_many(
+        return await self._way_in.publish_many(
             events, None if source is None else Headers(source=source)
         )
 
@@ -241,6 +272,20 @@ class Bus:
     def effects_of(self, delivery: Delivery[Any]) -> Effects:
         """Return an empty collection of effects: what `delivery.effects` is made of."""
         return self.committer.effects_of(delivery)
+
+    # --- channels
+
+    def channel(
+        self, name: str, *, ttl: timedelta = CHANNEL_TTL, maxlen: int = CHANNEL_MAXLEN
+    ) -> Channel:
+        """Return a short-lived topic for one run: `publish`, `end`, `tail`. See `Channel`.
+
+        name: as of a topic; whoever knows it may write and read. ttl: it expires so long after
+        what was published last, its end included, 1 s to 30 days. maxlen: about so many entries
+        are kept, the newest. Nothing is done yet, and nothing is recorded of it anywhere.
+        Errors: DeclarationError.
+        """
+        return self._channels.channel(name, ttl, maxlen)
 
     # --- looking back
 
@@ -389,9 +434,9 @@ class Bus:
 
     @property
     def redis(self) -> redis.asyncio.Redis:
-        """A plain redis.asyncio client on its own pool (50 connections, bytes, no retries)."""
+        """A plain redis.asyncio client, 50 connections, bytes, no retries; none on memory://."""
         if self._redis is None:
-            self._redis = self._server.client()
+            self._redis = self._backend.client()
         return self._redis
 
 

@@ -25,6 +25,7 @@ from bus.streams.answers import Committed, Fate, Limits, Looked
 from bus.streams.codec import Headers, original_id
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from bus.way_in import Publishing, WayIn
 
 
 class Scope:
@@ -33,10 +34,10 @@ class Scope:
     slot_tag: on a Cluster, that of the first key of a transaction.
     """
 
-    __slots__ = ("_clustered", "_publisher", "_slot", "slot_tag", "tag")
+    __slots__ = ("_clustered", "_slot", "_way_in", "slot_tag", "tag")
 
-    def __init__(self, publisher: Publisher, stream: str, *, clustered: bool) -> None:
-        self._publisher = publisher
+    def __init__(self, way_in: Publishing, stream: str, *, clustered: bool) -> None:
+        self._way_in = way_in
         self._clustered = clustered
         self._slot = keys.slot_of(stream) if clustered and stream else None
         self.slot_tag: str | None = None
@@ -81,7 +82,7 @@ class Scope:
     ) -> Outgoing:
         """Encode an event that `cause` publishes. Errors: InvalidEvent, EventLoop."""
         given = None if headers == _NOTHING else Headers(*headers)
-        return self._publisher.outgoing(event, event_id, given, cause)
+        return self._way_in.outgoing(event, event_id, given, cause)
 
 
 class Wanted(NamedTuple):
@@ -158,9 +159,12 @@ _SENT = Committed(Fate.DONE)  # in the place of an answer that is yet to come
 class Committer:
     """The one way of effects to the server; one per bus and process."""
 
-    def __init__(self, store: StreamStore, publisher: Publisher, telemetry: Telemetry) -> None:
+    def __init__(
+        self, store: StreamStore, publisher: Publisher, way_in: WayIn, telemetry: Telemetry
+    ) -> None:
         self._store = store
         self._publisher = publisher
+        self._way_in = way_in
         self._telemetry = telemetry
         self._scopes: dict[str, Scope] = {}
         self._shortages: dict[str, Shortage] = {}
@@ -172,7 +176,7 @@ class Committer:
         stream = delivery.origin.home
         scope = self._scopes.get(stream)
         if scope is None:
-            scope = Scope(self._publisher, stream, clustered=self._store.clustered)
+            scope = Scope(self._way_in, stream, clustered=self._store.clustered)
             self._scopes[stream] = scope
         return Effects(scope, delivery)
 
@@ -247,7 +251,7 @@ class Committer:
         Errors: ReplyError and those of the connection and of `publish`, with nothing known.
         """
         fates: list[Committed] = []
-        classes = {event.cls for d in deliveries for event in d.effects.sent}
+        classes = {sent.cls for d in deliveries for sent in d.effects.sent}
         unplaced = await self._unplaced(classes) if classes else {}
         sheet = Sheet()
         for delivery in deliveries:
@@ -271,10 +275,22 @@ class Committer:
             target, group, consumer, sheet.keys, args
         )
         self.tell(looks, appended)
-        if len(answers) == len(fates):
-            return answers
-        answered = iter(answers)
-        return [next(answered) if f is _SENT else f for f in fates]
+        if len(answers) != len(fates):
+            answered = iter(answers)
+            answers = [next(answered) if f is _SENT else f for f in fates]
+        if appended:
+            self._tell_observers(deliveries, answers)
+        return answers
+
+    def _tell_observers(
+        self, deliveries: Sequence[Delivery[Any]], fates: Sequence[Committed]
+    ) -> None:
+        """Tell of what was published; whether one with a condition was, the server does not say."""
+        for delivery, fate in zip(deliveries, fates, strict=True):
+            if fate.fate is Fate.DONE:
+                for sent in delivery.effects.sent:
+                    if sent.certain:
+                        self._way_in.tell(sent.event, None)
 
     async def _unplaced(self, classes: Iterable[type[Event]]) -> dict[type[Event], BusError]:
         """Find out where events go; return those classes that can go nowhere, and why."""

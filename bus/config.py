@@ -15,6 +15,12 @@ BATCH_BYTES = 1024 * 1024  # the same bound for large events
 UNIT_EVENTS = 5_000  # the largest atomic publish_many; the server is busy for about 10 ms
 UNIT_BYTES = 8 * 1024 * 1024
 
+# --- channels
+CHANNEL_TTL = timedelta(hours=1)  # who comes back to a page within that finds its run whole
+CHANNEL_TTL_LEAST = timedelta(seconds=1)  # less would be over before a reader has reconnected
+CHANNEL_TTL_MOST = timedelta(days=30)
+CHANNEL_MAXLEN = 10_000  # the tokens of a long run, 1-2 MB; what is to stay belongs into a topic
+
 # --- how long a stream may grow
 MAXLEN = 1_000_000  # about 300 MB of 250-byte events; a day of 10 a second
 MAXLEN_MAX = 1_000_000_000_000
@@ -27,14 +33,21 @@ ROOM_WAIT_S = 0.05  # longest pause between two looks for room: publishers resum
 OVERRUN_TOLD_S = 1.0  # drop_oldest deletes with every append; it is told no more often than this
 FULL_SHARE = 0.8  # of the room between keep and maxlen: then parked entries are moved aside
 UNSERVED_SHARE = 0.5  # of the room pinned by a group that nobody serves: an alert
+PAUSES_S = 1.0  # how soon a worker notices that a group is paused, or no longer
 PRESSURE_S = 1.0  # how soon a worker notices that a stream is filling up
 MOVED_PER_CALL = 100  # parked entries moved aside by one script
 DEAD_LETTERS_FULL_PARK_S = 60.0  # what cannot be dead-lettered for want of room is tried again
 NOT_PUBLISHED_PARK_S = 1.0  # a delivery whose publish the server would not take comes again
 
+# --- in this process
+OBSERVER_MAXLEN = 1_000  # events an observer may be behind before it is told of no more than these
+OBSERVER_TOLD_S = 1.0  # drops are told no more often than this
+OBSERVER_GRACE_S = 1.0  # what observers get at the bus's close to catch up
+
 # --- connections
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 5.0  # a command without BLOCK that takes longer: the connection is given up
+SHARED_READERS_FROM = 10  # handlers of one process; from so many on they share a doorbell
 BLOCK_MS = 2_000  # the longest a read waits on the server, hence the slowest stop without UNBLOCK
 
 # --- handling

@@ -146,6 +146,9 @@ class Publishes(Protocol):
     async def publish_many(self, events: Any, /) -> Any:
         """Publish several events."""
 
+    def channel(self, name: str, /, *, ttl: Any = ..., maxlen: int = ...) -> Any:
+        """Return a short-lived topic for one run."""
+
     def effects_of(self, delivery: "Delivery[Any]", /) -> Effects:
         """Return an empty collection of effects for a delivery."""
 
@@ -167,6 +170,9 @@ class Origin:
     bus: Publishes
     open_envelope: Callable[["Delivery[Any]"], Envelope]
     state: Any = None
+
+
+NOT_DECODED: Any = None  # the `event` of a delivery that no worker has looked into
 
 
 class Delivery(Generic[E_co]):
@@ -209,6 +215,7 @@ class Delivery(Generic[E_co]):
         received_at: float = 0.0,
     ) -> None:
         self.origin = origin
+        self.event = NOT_DECODED  # until a worker is about to handle it
         self.entry_id = entry_id
         self.fields = fields
         self.attempt = attempt

@@ -299,7 +299,7 @@ class Effects:
         # The stream is found when it is sent: how many partitions a topic has, the server says.
         reply = self._append(tests, ["XADD", "", "*", *sent.fields])
         place = len(self.commands) - 1
-        self.sent += (Sent(place, when is None, sent.cls, sent.event_id, sent.routed_by),)
+        self.sent += (Sent(place, when is None, sent.event, sent.event_id, sent.routed_by),)
         return reply
 
     # --- collecting

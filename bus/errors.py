@@ -24,7 +24,13 @@ BusError
 │   └── WrongKeyType          a key that should be a stream holds something else
 ├── CheckpointError           a replay cannot go on from that file; the text says why
 ├── LetterGone                there is no such dead letter (any more): redriven or purged
+├── NotPending                there is no such entry pending (any more): it was finished
+├── InUse                     a group or consumer is at work: stop its workers first
 ├── AlreadySettled            a batch handler settles one delivery twice, or after its call ended
+├── ChannelEnded              the channel has its end marker: nothing can be published any more
+├── ChannelGap                entries of a channel were missed, or it is gone: see `.reason`
+├── HookRejected              a hook said no, see `.reason`; nothing was done
+├── NotRunning                the event loop that should do it does not run, or not here
 ├── BusClosed                 the bus was closed before; connect again
 ├── EffectsFailed             a transaction's command failed; see `.applied` for what stays
 └── PublishError              a publish or a transaction did not end well
@@ -35,6 +41,8 @@ BusError
 
 `Reject` and `RetryLater` are not errors of the bus: a handler raises them to end its attempt.
 """
+
+from typing import Literal
 
 
 class BusError(Exception):
@@ -152,8 +160,63 @@ class LetterGone(BusError):
     """The dead letter is not there, or no longer: it was redriven or purged meanwhile."""
 
 
+class NotPending(BusError):
+    """The entry is not pending for the group, or no longer: it was finished meanwhile."""
+
+
+class InUse(BusError):
+    """The group or consumer is at work: its workers are to be stopped first."""
+
+
 class AlreadySettled(BusError):
     """A delivery of a batch was settled singly before, or the call it belonged to has ended."""
+
+
+class ChannelEnded(BusError):
+    """The channel was ended: nothing can be published to it any more; take another name."""
+
+
+class ChannelGap(BusError):
+    """A reader of a channel has missed entries, or may have.
+
+    reason: "trimmed": those between `after` and `first` were dropped, at the channel's cap;
+    "restarted": the channel is another than the one `after` is from, or has lost its end, and is
+    read from its beginning, or on from there; "gone": it has expired, without an end.
+    after: id of the entry that the reader had last, None at the beginning. first: of the oldest
+    entry there is, None for none. Iterating over the same tail goes on, but after "gone".
+    """
+
+    def __init__(
+        self,
+        text: str,
+        reason: Literal["trimmed", "restarted", "gone"],
+        after: str | None,
+        first: str | None,
+    ) -> None:
+        super().__init__(text)
+        self.reason: Literal["trimmed", "restarted", "gone"] = reason
+        self.after = after
+        self.first = first
+
+
+class HookRejected(BusError):
+    """Raised by a hook: no. It reaches whoever asked; for `hook.handle` it is a dead letter.
+
+    reason: what the hook said. point, hook: where it was asked, and its name; "" before.
+    """
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(reason)
+        self.reason = str(reason)
+        self.point = ""
+        self.hook = ""
+
+    def __str__(self) -> str:
+        return f"{self.point}: {self.hook} said no: {self.reason}" if self.point else self.reason
+
+
+class NotRunning(BusError):
+    """The bus has no running event loop yet, or any more, or its loop runs in another thread."""
 
 
 class BusClosed(BusError):

@@ -11,10 +11,17 @@ travels; they are no fields, so an event may have fields named `type` or `key`:
     version   whole number from 1; raise it only for changes that old readers cannot take
     key       name of the field whose value decides the partition, hence the order
     topic     where it is kept, if not the first segment of its type
+    family    on a base class: what the types of all its children begin with
     encoding  "json" (default, readable with redis-cli) or "msgpack"
 
+The first segment of a type is its family. Patterns route by it (`model.*`), and a `hook.` event is
+a question, which `bus.intervene` asks in this process: it is never published.
+
+An event is a value: frozen, slotted, compared and hashed by its fields. So it is hashable as far as
+they are: with tuples and frozensets, and not with lists, dicts or sets.
+
 Classes are known process-wide by (type, version), and so are the steps that lead an older version
-up to the newest (bus/upcast.py). No I/O happens here.
+up to the newest (bus/upcasts.py). No I/O happens here.
 """
 
 import re
@@ -29,8 +36,10 @@ from bus.config import checked_name, checked_number
 from bus.errors import DeclarationError, UnknownEventType
 
 Encoding = Literal["json", "msgpack"]
+QUESTIONS = "hook"  # the family of what is asked in this process alone, and never published
 
 _TYPE = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*(\.[a-zA-Z0-9_-]+)+")
+_FAMILY = re.compile(r"[a-zA-Z][a-zA-Z0-9_-]*")
 _PATTERN = re.compile(r"(\*|[a-zA-Z][a-zA-Z0-9_-]*)(\.(\*|[a-zA-Z0-9_-]+))*")
 
 
@@ -48,6 +57,7 @@ class EventInfo:
     ) -> None:
         self.cls = cls
         self.type = type
+        self.family = type.partition(".")[0]
         self.version = version
         self.key = key
         self.topic = topic
@@ -81,7 +91,7 @@ class EventInfo:
 
 
 class Step(Protocol):
-    """One upcast: from a version of a type to the next. See bus/upcast.py."""
+    """One upcast: from a version of a type to the next. See bus/upcasts.py."""
 
     def reader(self, newest: EventInfo, steps: "Sequence[Step]") -> EventInfo:
         """Return what reads entries of this step's version, through `steps`, as the newest."""
@@ -108,6 +118,7 @@ class EventMeta(StructMeta):
         key: str | None = None,
         topic: str | None = None,
         encoding: Encoding | None = None,
+        family: str | None = None,
         **struct_options: Any,
     ) -> "EventMeta":
         """Make the Struct class and, if it has a type, make it known process-wide."""
@@ -124,6 +135,7 @@ class EventMeta(StructMeta):
             "key": _inherited(bases, "key") if key is None else key,
             "topic": _inherited(bases, "topic") if topic is None else topic,
             "encoding": encoding if encoding is not None else _inherited(bases, "encoding"),
+            "family": _checked_family(_inherited(bases, "family"), family, name),
         }
         cls.__event_travel__ = travel
         cls.__event_info__ = None
@@ -140,13 +152,26 @@ def _inherited(bases: tuple[type, ...], what: str) -> Any:
     return None
 
 
+def _checked_family(inherited: str | None, family: str | None, name: str) -> str | None:
+    if family is None:
+        return inherited
+    if not isinstance(family, str) or not _FAMILY.fullmatch(family):
+        raise DeclarationError(
+            f"{name}: family {family!r} is not the first segment of a type, such as 'document'"
+        )
+    if inherited not in (None, family):
+        raise DeclarationError(f"{name}: its base class is of the family {inherited!r} already")
+    return family
+
+
 # Said again: Struct is one to type checkers, and a base class goes before a metaclass.
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
 class Event(msgspec.Struct, metaclass=EventMeta):
     """Base of all events: frozen, keyword-only, hashable, tolerant of unknown fields.
 
-    Errors: DeclarationError for a bad type, version, key, topic or encoding, and for a second
-    class with the same type and version.
+    `hash(event)` is that of its fields: TypeError if one holds a list, dict or set.
+    Errors: DeclarationError for a bad type, version, key, topic, encoding or family, and for a
+    second class with the same type and version.
     """
 
     __event_info__: ClassVar[EventInfo | None]
@@ -162,6 +187,7 @@ class Event(msgspec.Struct, metaclass=EventMeta):
             key: str | None = None,
             topic: str | None = None,
             encoding: Encoding | None = None,
+            family: str | None = None,
         ) -> None: ...
 
 
@@ -172,11 +198,14 @@ def _declare(
     key: str | None,
     topic: str | None,
     encoding: Encoding | None,
+    family: str | None,
 ) -> EventInfo:
     name = cls.__qualname__
-    if not isinstance(type, str) or not _TYPE.fullmatch(type) or len(type) > 100:  # noqa: PLR2004
+    checked_type(type, name)
+    if family is not None and type.partition(".")[0] != family:
         raise DeclarationError(
-            f"{name}: type {type!r} is not a dotted name such as 'document.created'"
+            f"{name}: type {type!r} is not of the family of its base class: it begins with"
+            f" '{family}.'"
         )
     checked_number(version, f"{name}: version", 1, 1_000_000, whole=True)
     if key is not None and key not in cls.__struct_fields__:
@@ -198,6 +227,24 @@ def _declare(
     _known[type, version] = info
     _connect(type)
     return info
+
+
+def checked_type(type: object, what: str) -> str:
+    """Return `type` if it is the name of an event type, else raise DeclarationError."""
+    if not isinstance(type, str) or not _TYPE.fullmatch(type) or len(type) > 100:  # noqa: PLR2004
+        raise DeclarationError(
+            f"{what}: type {type!r} is not a dotted name such as 'document.created'"
+            f"{_of_family(type)}"
+        )
+    return type
+
+
+def _of_family(type: object) -> str:
+    """Return what is wrong with the family of a type, "" if that is not what is wrong."""
+    family, dot, _ = type.partition(".") if isinstance(type, str) else ("", "", "")
+    if not dot or _FAMILY.fullmatch(family):
+        return ""
+    return f": its family, {family!r}, must begin with a letter, then letters, digits, _ and -"
 
 
 def _place(cls: type) -> tuple[str, str]:
@@ -271,6 +318,17 @@ def newest_version(type: str) -> int:
 def known_events() -> list[EventInfo]:
     """Return every declared event class, in order of type and version."""
     return [_known[k] for k in sorted(_known)]
+
+
+def pattern_of(what: "str | type[Event]") -> str:
+    """Return the pattern that an event class, a type or a pattern stands for.
+
+    Errors: DeclarationError.
+    """
+    if not isinstance(what, str):
+        return info_of(what).type
+    type_matches(what, "")  # raises for one that is none
+    return what
 
 
 @lru_cache(maxsize=4096)

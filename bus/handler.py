@@ -27,7 +27,7 @@ from bus.config import (
 )
 from bus.delivery import DeadLettered
 from bus.errors import DeclarationError, NotSupported
-from bus.event import Event, info_of, type_matches
+from bus.event import QUESTIONS, Event, pattern_of, type_matches
 from bus.signature import checked_signature
 from bus.topic import Topic, topics_of
 
@@ -188,15 +188,17 @@ def event_handler(
 
 
 def _pattern(what: type[Event] | str, group: str) -> str:
-    if isinstance(what, str):
-        type_matches(what, "")  # raises for a pattern that is none
-        return what
-    if isinstance(what, type) and issubclass(what, Event):
-        return info_of(what).type
-    raise DeclarationError(
-        f"handler {group}: {what!r} is no event class and no type pattern;"
-        " use @event_handler(DocumentCreated, group=...)"
-    )
+    if not isinstance(what, str) and not (isinstance(what, type) and issubclass(what, Event)):
+        raise DeclarationError(
+            f"handler {group}: {what!r} is no event class and no type pattern;"
+            " use @event_handler(DocumentCreated, group=...)"
+        )
+    pattern = pattern_of(what)
+    if pattern.partition(".")[0] == QUESTIONS:
+        raise DeclarationError(
+            f"handler {group}: {pattern} is asked at a hook, and never published: use bus.hook"
+        )
+    return pattern
 
 
 def _callable_of(target: Any, group: str) -> tuple[Callable[..., Awaitable[Any]], str]:
@@ -297,26 +299,31 @@ class Registry:
         Errors: DeclarationError naming the module that could not be imported and why, or that
         there is no handler at all.
         """
-        modules = _modules(package)
-        handlers: dict[int, Handler[...]] = {}
-        topics: dict[str, Topic] = {}
-        for module in modules:
-            for value in list(vars(module).values()):
-                if isinstance(value, Handler):
-                    handlers[id(value)] = value
-                elif isinstance(value, Topic) and topics.setdefault(value.name, value) != value:
-                    raise DeclarationError(
-                        f"topic {value.name} is declared twice, differently ({module.__name__})"
-                    )
+        modules = imported(package)
+        values = [value for module in modules for value in vars(module).values()]
+        handlers = {id(value): value for value in values if isinstance(value, Handler)}
         if not handlers:
             raise DeclarationError(
                 f"{package!r} holds no handlers: decorate functions with @event_handler(...)"
             )
         lifespan = getattr(modules[0], "lifespan", None)
-        return cls(handlers.values(), topics.values(), lifespan)
+        return cls(handlers.values(), declared_topics(modules), lifespan)
 
 
-def _modules(package: str) -> list[Any]:
+def declared_topics(modules: Iterable[Any]) -> list[Topic]:
+    """Return the topics that stand in modules. Errors: DeclarationError when two differ."""
+    topics: dict[str, Topic] = {}
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, Topic) and topics.setdefault(value.name, value) != value:
+                raise DeclarationError(
+                    f"topic {value.name} is declared twice, differently ({module.__name__})"
+                )
+    return list(topics.values())
+
+
+def imported(package: str) -> list[Any]:
+    """Import `package` and its submodules, and return them. Errors: DeclarationError."""
     if not isinstance(package, str) or not all(s.isidentifier() for s in package.split(".")):
         raise DeclarationError(f"{package!r} is not the name of a Python package or module")
 
@@ -333,7 +340,7 @@ def _modules(package: str) -> list[Any]:
             ]
             where = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
             raise DeclarationError(
-                f"cannot import handlers from {name!r}: {type(error).__name__}: {error}{where}"
+                f"cannot import {name!r}: {type(error).__name__}: {error}{where}"
             ) from error
 
     root = load(package)

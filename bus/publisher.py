@@ -9,7 +9,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from itertools import count
 from typing import Any
@@ -26,18 +26,27 @@ from bus.causes import inherit
 from bus.config import UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import BatchCause, Delivery, current_delivery
 from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout
-from bus.event import Event, EventInfo, info_of
+from bus.event import QUESTIONS, Event, EventInfo, info_of
 from bus.reply import text_of
 from bus.scope import Outgoing, Sent
-from bus.sender import Sender, Unit, is_transient
+from bus.sender import Sender
 from bus.streams import keys
 from bus.streams.answers import Limits
-from bus.streams.codec import Fields, Headers, encode, header_fields, key_of
-from bus.streams.connection import Arg
+from bus.streams.codec import (
+    Fields,
+    Headers,
+    encode,
+    encode_plain,
+    header_fields,
+    key_of,
+)
+from bus.streams.connection import Arg, is_transient
+from bus.streams.forms import unit_of, unit_of_several
 from bus.streams.replies import REMEDIES, ReplyError
 from bus.streams.stream import StreamStore
 from bus.streams.topics import RECORD_TTL_S, Record, TopicTable
 from bus.telemetry import Telemetry
+from bus.unit import Unit
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: its order is sort order
 
@@ -56,12 +65,13 @@ class Receipt(msgspec.Struct, frozen=True):
 class _Route:
     """Where the events of one class go."""
 
-    __slots__ = ("info", "inside", "outside", "record", "stale_at", "streams")
+    __slots__ = ("info", "inside", "outside", "plain", "record", "stale_at", "streams")
 
     def __init__(
         self, info: EventInfo, record: Record, streams: list[str], stale_at: float
     ) -> None:
         self.info = info
+        self.plain = info.version == 1 and info.encoding == "json"  # see `encode_plain`
         self.record = record
         self.streams = streams
         self.stale_at = stale_at  # loop time after which the partition count is asked for again
@@ -73,6 +83,44 @@ class _Route:
         if len(streams) == 1:
             return streams[0]
         return streams[keys.partition_of(routed_by, len(streams))]
+
+
+class _Part:
+    """What one `publish_many` has for one stream: a unit, which goes in whole or not at all."""
+
+    __slots__ = ("bytes", "ids", "positions", "route", "stream", "units")
+
+    def __init__(self, stream: str, route: _Route) -> None:
+        self.stream = stream
+        self.route = route
+        self.positions: list[int] = []
+        self.ids: list[str] = []
+        self.units: list[list[Arg]] = []
+        self.bytes = 0
+
+    def add(self, position: int, event_id: str, unit: list[Arg], size: int) -> None:
+        """Add the event at `position` in the call."""
+        self.positions.append(position)
+        self.ids.append(event_id)
+        self.units.append(unit)
+        self.bytes += size
+
+    def unit(self, sender: Sender, deadline: float) -> Unit:
+        """Return the unit. Errors: InvalidEvent if it is too large."""
+        count = len(self.ids)
+        if count > UNIT_EVENTS or self.bytes > UNIT_BYTES:
+            raise InvalidEvent(
+                f"publish_many takes {UNIT_EVENTS:,} events or {UNIT_BYTES // 1024**2} MiB for one"
+                f" stream, not {count:,} events of {self.bytes:,} bytes for {self.stream}: split"
+                " the list"
+            )
+        room = sender.limits.most - sender.limits.keep
+        if count > room:
+            raise InvalidEvent(
+                f"{count:,} events can never be published at once to {self.stream}: there is room"
+                f" for {room:,} between keep and maxlen; split the list"
+            )
+        return Unit(count, self.bytes, unit_of_several(self.units), deadline)
 
 
 class Publisher:
@@ -118,9 +166,10 @@ class Publisher:
         route = self._routes.get(event.__class__)
         if route is None or now >= route.stale_at or self._unrouted:
             route = await self._route(event.__class__, deadline)
-        event_id, stream, args, size = self._encoded(route, event, event_id, headers)
-        sender = self._sender(stream, route)
-        ms, at = await sender.add(Unit(1, size, [1, *args], deadline))
+        cause = current_delivery.get()
+        event_id, stream, unit, size = self._unit(route, event, event_id, headers, cause)
+        sender = self._sender(stream, route, cause)
+        ms, at = await sender.add(Unit(1, size, unit, deadline))
         return Receipt(event_id, stream, f"{ms}-{at}")
 
     async def publish_many(
@@ -128,28 +177,34 @@ class Publisher:
     ) -> list[Receipt]:
         """Append events, atomically per stream. See `Bus.publish_many`."""
         deadline = asyncio.get_running_loop().time() + self._timeout_s
-        by_stream: dict[str, list[tuple[int, str, list[Arg], int]]] = {}
-        routes: dict[str, _Route] = {}
+        cause = current_delivery.get()
+        parts: dict[str, _Part] = {}
+        cls: type[Event] | None = None
         total = 0
-        for position, event in enumerate(events):
-            route = await self._route(event.__class__, deadline)
-            event_id, stream, args, size = self._encoded(route, event, None, headers)
-            by_stream.setdefault(stream, []).append((position, event_id, args, size))
-            routes[stream] = route
+        for event in events:
+            if event.__class__ is not cls:
+                cls = event.__class__
+                route = await self._route(cls, deadline)
+            event_id, stream, unit, size = self._unit(route, event, None, headers, cause)
+            part = parts.get(stream)
+            if part is None:
+                part = parts[stream] = _Part(stream, route)
+            part.add(total, event_id, unit, size)
             total += 1
-        senders = {s: self._sender(s, routes[s]) for s in by_stream}
-        units = {s: _unit_of(s, items, senders[s], deadline) for s, items in by_stream.items()}
+        senders = {s: self._sender(s, part.route, cause) for s, part in parts.items()}
+        units = {s: part.unit(senders[s], deadline) for s, part in parts.items()}
         futures = [senders[s].add(u) for s, u in units.items()]
         results = await asyncio.gather(*futures, return_exceptions=True)
         receipts: list[Receipt | None] = [None] * total
         failures: list[BaseException] = []
-        for (stream, items), result in zip(by_stream.items(), results, strict=True):
+        for (stream, part), result in zip(parts.items(), results, strict=True):
             if isinstance(result, BaseException):
                 failures.append(result)
                 continue
             ms, at = result
-            for offset, (position, event_id, _, _) in enumerate(items):
-                receipts[position] = Receipt(event_id, stream, f"{ms}-{at + offset}")
+            for position, event_id in zip(part.positions, part.ids, strict=True):
+                receipts[position] = Receipt(event_id, stream, f"{ms}-{at}")
+                at += 1
         done = [r for r in receipts if r is not None]
         if failures:
             if done:
@@ -168,14 +223,31 @@ class Publisher:
             sender.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _encoded(
-        self, route: _Route, event: Event, event_id: str | None, headers: Headers | None
+    def _unit(
+        self,
+        route: _Route,
+        event: Event,
+        event_id: str | None,
+        headers: Headers | None,
+        cause: Delivery[Any] | BatchCause | None,
     ) -> tuple[str, str, list[Arg], int]:
-        cause = current_delivery.get()
+        """Return event id, stream, the event as the script takes it, and its size."""
+        if (
+            headers is None
+            and route.plain
+            and not self._headers
+            and (cause is None or cause.settled)
+        ):  # as nearly all are
+            info = route.info
+            key = None if info.key is None else key_of(info, event)
+            if event_id is None:
+                event_id = self._ids.next()
+            unit, size = encode_plain(info, event, event_id, key, self._max_event_bytes)
+            return event_id, route.stream_of(event_id if key is None else key), unit, size
         event_id, routed_by, fields, size = self._prepared(
             route.info, event, event_id, headers, cause
         )
-        return event_id, route.stream_of(routed_by), [len(fields), *fields], size
+        return event_id, route.stream_of(routed_by), unit_of(fields), size
 
     def _prepared(
         self,
@@ -199,6 +271,18 @@ class Publisher:
         fields, size = encode(info, event, event_id, key, extra, self._max_event_bytes)
         return event_id, event_id if key is None else key, fields, size
 
+    def entry_of(self, event: Event) -> tuple[str, Fields, int]:
+        """Return id, fields and size of an event that goes elsewhere than to its topic.
+
+        It carries the bus's source, and no causes. Errors: InvalidEvent, EventTooLarge.
+        """
+        if not isinstance(event, Event):
+            raise _no_event(event.__class__)
+        event_id, _, fields, size = self._prepared(
+            info_of(event.__class__), event, None, None, None
+        )
+        return event_id, fields, size
+
     # --- as effects
 
     def outgoing(
@@ -211,10 +295,10 @@ class Publisher:
         """Make an event ready to be appended by a script of others; see `place`."""
         if not isinstance(event, Event):
             raise _no_event(event.__class__)
-        info = info_of(event.__class__)
+        info = _published(event.__class__)
         event_id, routed_by, fields, _ = self._prepared(info, event, event_id, headers, cause)
         fields[5] = text_of(fields[5])  # type: ignore[arg-type] # the data
-        return Outgoing(info.cls, event_id, routed_by, fields)
+        return Outgoing(event, event_id, routed_by, fields)
 
     def is_placed(self, cls: type[Event]) -> bool:
         """Return whether `place` knows where events of a class go; else `find` has to ask."""
@@ -240,7 +324,7 @@ class Publisher:
             return route
         if not issubclass(cls, Event):
             raise _no_event(cls)
-        info = info_of(cls)
+        info = _published(cls)
         # First in, first out, per topic: what comes later must not overtake those that wait here.
         lock = self._routing.setdefault(info.topic, asyncio.Lock())
         since = asyncio.get_running_loop().time()
@@ -291,16 +375,20 @@ class Publisher:
         fresh = route is not None and asyncio.get_running_loop().time() < route.stale_at
         return route if fresh else None
 
+    def _has_one_sender(self) -> bool:
+        return len(self._senders) + len(self._inside) == 1
+
     def _all_senders(self) -> list[Sender]:
         return [*self._senders.values(), *self._inside.values()]
 
-    def _sender(self, stream: str, route: _Route) -> Sender:
+    def _sender(
+        self, stream: str, route: _Route, cause: Delivery[Any] | BatchCause | None
+    ) -> Sender:
         """Return what publishes to `stream`; a handler's publishes have one of their own.
 
         They may use the reserve and never wait for room, nor behind those who do: a handler must
         not be held up by the backlog that it is there to reduce.
         """
-        cause = current_delivery.get()
         inside = cause is not None and not cause.settled
         senders = self._inside if inside else self._senders
         sender = senders.get(stream)
@@ -313,6 +401,7 @@ class Publisher:
                 self._telemetry,
                 self._timeout_s,
                 partial(self._topics.record, route.info.topic),
+                self._has_one_sender,
             )
         if sender.record is not route.record:
             sender.keep_to(route.record, inside=inside)
@@ -329,24 +418,15 @@ def _not_routed(topic: str, cause: BusError | None) -> PublishTimeout:
     return PublishTimeout(f"{text}: the event was not published")
 
 
-def _unit_of(
-    stream: str, items: Sequence[tuple[int, str, list[Arg], int]], sender: Sender, deadline: float
-) -> Unit:
-    size = sum(i[3] for i in items)
-    if len(items) > UNIT_EVENTS or size > UNIT_BYTES:
+def _published(cls: type[Event]) -> EventInfo:
+    """Return how events of a class travel. Errors: InvalidEvent for those that never do."""
+    info = info_of(cls)
+    if info.family == QUESTIONS:
         raise InvalidEvent(
-            f"publish_many takes {UNIT_EVENTS:,} events or {UNIT_BYTES // 1024**2} MiB for one"
-            f" stream, not {len(items):,} events of {size:,} bytes for {stream}: split the list"
+            f"{info.type} is a question, asked in this process by bus.intervene: it is never"
+            " published; declare what came of it as an event of another family"
         )
-    if len(items) > sender.limits.most - sender.limits.keep:
-        raise InvalidEvent(
-            f"{len(items):,} events can never be published at once to {stream}: there is room for"
-            f" {sender.limits.most - sender.limits.keep:,} between keep and maxlen; split the list"
-        )
-    args: list[Arg] = [len(items)]
-    for item in items:
-        args += item[2]
-    return Unit(len(items), size, args, deadline)
+    return info
 
 
 def _no_event(cls: type) -> InvalidEvent:

@@ -15,11 +15,10 @@ from bus.reply import Arg
 class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """An event that is ready to be appended, but for its stream.
 
-    cls: of the event; says the topic. routed_by: key or event id, which decides the partition.
-    fields: of the entry, names and values.
+    routed_by: key or event id, which decides the partition. fields: of the entry, names and values.
     """
 
-    cls: type[Event]
+    event: Event
     event_id: str
     routed_by: str
     fields: Sequence[Arg]
@@ -33,9 +32,14 @@ class Sent(msgspec.Struct, frozen=True, gc=False):
 
     command: int
     certain: bool
-    cls: type[Event]
+    event: Event
     event_id: str
     routed_by: str
+
+    @property
+    def cls(self) -> type[Event]:
+        """The class of the event; says the topic."""
+        return self.event.__class__
 
 
 class Scope(Protocol):

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from itertools import islice
+from typing import Any
 
 from tenacity import (
     AsyncRetrying,
@@ -24,33 +25,15 @@ from tenacity import (
 )
 
 from bus.config import ANSWER_S, BATCH_BYTES, BATCH_EVENTS, REPLY_TIMEOUT_S, ROOM_WAIT_S
-from bus.errors import (
-    BusError,
-    PublishRefused,
-    PublishTimeout,
-    PublishUnknown,
-    ServerUnreachable,
-)
+from bus.errors import BusError
 from bus.shortage import Shortage, tell_lost
 from bus.streams.answers import Appended, Limits, Room
-from bus.streams.connection import Arg, ConnectionLost
-from bus.streams.replies import REMEDIES, TRANSIENT, ReplyError
-from bus.streams.stream import StreamStore
+from bus.streams.connection import ConnectionLost, is_transient
+from bus.streams.replies import Reply, ReplyError
+from bus.streams.results import appended
 from bus.streams.topics import Record
 from bus.telemetry import Telemetry
-
-
-class Unit:
-    """What is appended whole: its wire arguments and who waits for it."""
-
-    __slots__ = ("args", "bytes", "deadline", "events", "future")
-
-    def __init__(self, events: int, size: int, args: list[Arg], deadline: float) -> None:
-        self.events = events
-        self.bytes = size
-        self.args = args
-        self.deadline = deadline
-        self.future: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+from bus.unit import Appends, Told, Unit, too_late
 
 
 class Sender:
@@ -64,10 +47,11 @@ class Sender:
         self,
         stream: str,
         publisher_id: str,
-        store: StreamStore,
+        store: Appends,
         telemetry: Telemetry,
         patience_s: float,
         record_of_topic: Callable[[], Awaitable[Record]],
+        is_alone: Callable[[], bool],
     ) -> None:
         self.record: Record | None = None  # until `keep_to`, before anything is added
         self.limits = Limits(1, 1, 1)
@@ -78,6 +62,8 @@ class Sender:
         self._telemetry = telemetry
         self._shortage = Shortage(stream, telemetry)
         self._record_of_topic = record_of_topic
+        self._is_alone = is_alone  # whether no other sender shares its connection
+        self._answer = Told(self.answered, self.failed)
         self._more_waits = False  # whether the batch in flight was cut to what fits
         self._timeout_s = min(patience_s, REPLY_TIMEOUT_S)
         self._units: deque[Unit] = deque()
@@ -85,6 +71,9 @@ class Sender:
         self._trouble: Exception | None = None  # why the batch in flight is not in yet
         self._maybe_sent = False  # whether the batch in flight may have been appended unseen
         self._attempting = False
+        self._at_work = False
+        self._closed = False
+        self._started_s = 0.0
         self._all_told = asyncio.Event()  # the callers of the batch in flight, by `_expire`
         self._sequence = 0
         self._deadline: asyncio.TimerHandle | None = None
@@ -99,38 +88,100 @@ class Sender:
     def add(self, unit: Unit) -> "asyncio.Future[tuple[str, int]]":
         """Queue a unit; its future gives the id of its first event as (ms, sequence)."""
         self._units.append(unit)
-        loop = unit.future.get_loop()
         if self._deadline is None:
-            self._deadline = loop.call_at(unit.deadline, self._expire)
-        if self.task is None:
-            # The task starts in the next turn of the loop: what this turn publishes goes together.
-            self.task = loop.create_task(self._drain())
+            self._deadline = unit.future.get_loop().call_at(unit.deadline, self._expire)
+        if not self._at_work:
+            self._at_work = True
+            # It begins in the next turn of the loop: what this turn publishes goes together.
+            unit.future.get_loop().call_soon(self._begin)
         return unit.future
 
     def close(self) -> None:
         """Stop sending, and tell what is yet to be told."""
+        self._closed = True
         if self.task is not None:
             self.task.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._shortage.tell_overrun()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or in flight."""
+        return not self._at_work
 
     def awaited(self) -> list["asyncio.Future[tuple[str, int]]"]:
         """Return the futures that somebody waits for."""
         return [u.future for u in (*self._in_flight, *self._units) if not u.future.done()]
 
-    async def _drain(self) -> None:
+    # --- while all is well: one call of the script, and a callback when it is answered
+
+    def _begin(self) -> None:
+        """Send the next batch. What has to be waited for is the task's."""
+        if self._shortage.room is not None and self.waits and not self._closed:
+            self._go_on_in_task(None)
+            return
+        batch = self._next_batch()
+        if not batch:
+            self._at_work = False
+            self._in_flight = []
+            return
+        self._take_up(batch)
+        self._attempting = True
         try:
+            self._store.append_soon(
+                *self._asked(batch), answer=self._answer, at_once=self._is_alone()
+            )
+        except Exception as error:  # it could not be packed
+            self._attempting = False
+            self._fail(batch, error)
+            asyncio.get_running_loop().call_soon(self._begin)
+
+    def answered(self, replies: list[Reply]) -> None:
+        """Take what the script has answered."""
+        self._attempting = False
+        try:
+            where = appended(replies)
+        except BusError as error:
+            self.failed(error)
+            return
+        self._settle(self._in_flight, where)
+        if self._units:  # after those who have just been told: what they publish now goes along
+            asyncio.get_running_loop().call_soon(self._begin)
+        else:
+            self._at_work = False
+            self._in_flight = []
+
+    def failed(self, error: BusError) -> None:
+        """Take that there is no answer, or an error."""
+        self._attempting = False
+        self._note(error)
+        if not self._closed:
+            self._go_on_in_task(error)
+        elif self.awaited():  # else nobody is there to be told
+            self._fail(self._in_flight, error)
+
+    def _go_on_in_task(self, error: BusError | None) -> None:
+        self.task = asyncio.get_running_loop().create_task(self._drain(error))
+
+    # --- the task, when something has to be tried again or waited for
+
+    async def _drain(self, error: BusError | None) -> None:
+        """Send until nothing is left; `error`: how the batch in flight has failed."""
+        try:
+            if error is not None:
+                await self._send_again(error)
             while self._units:
-                batch = self._next_batch()
-                if batch:
-                    await self._send(batch)
                 if self._shortage.room is not None and self.waits:
                     await self._wait_for_room()
+                batch = self._next_batch()
+                if batch:
+                    self._take_up(batch)
+                    await self._send_again(None)
         finally:
             self.task = None
+            self._at_work = False
             self._in_flight = []
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
 
     def _next_batch(self) -> list[Unit]:
         """Take the first in line, no more than an append takes; while full, no more than fits."""
@@ -155,25 +206,34 @@ class Sender:
             batch.append(self._units.popleft())
         return batch
 
-    async def _send(self, batch: list[Unit]) -> None:
+    def _take_up(self, batch: list[Unit]) -> None:
         self._in_flight = batch
         self._trouble = None
         self._maybe_sent = False
         self._sequence += 1
-        started = time.perf_counter()
-        try:
-            try:
-                where = await self._attempt(batch)
-            except BusError as error:
-                if not is_transient(error):
-                    raise
-                where = await self._insist(batch, error)
-        except Exception as error:
-            self._fail(batch, error)
-            return
-        self._settle(batch, where, time.perf_counter() - started)
+        self._started_s = time.perf_counter()
 
-    def _settle(self, batch: list[Unit], where: Appended, duration_s: float) -> None:
+    async def _send_again(self, error: BusError | None) -> None:
+        """Bring the batch in flight in; `error`: how its first attempt has failed."""
+        batch = self._in_flight
+        try:
+            where = await self._until_in(batch, error)
+        except Exception as failed:
+            self._fail(batch, failed)
+            return
+        self._settle(batch, where)
+
+    async def _until_in(self, batch: list[Unit], error: BusError | None) -> Appended:
+        if error is None or (isinstance(error, ReplyError) and error.code == "NOSCRIPT"):
+            try:
+                return await self._attempt(batch)
+            except BusError as first:
+                error = first
+        if is_transient(error):
+            return await self._insist(batch, error)
+        raise error
+
+    def _settle(self, batch: list[Unit], where: Appended) -> None:
         """Tell callers where their events are; what was not taken is first in line again."""
         at = where.sequence
         taken = batch if where.units == len(batch) else batch[: where.units]
@@ -186,8 +246,8 @@ class Sender:
                 "publish.appended",
                 stream=self._stream,
                 count=where.events,
-                bytes=sum(u.bytes for u in taken),
-                duration_s=duration_s,
+                bytes=sum([u.bytes for u in taken]),
+                duration_s=time.perf_counter() - self._started_s,
             )
         tell_lost(self._telemetry, self._stream, where.room.lost)
         if where.dropped:
@@ -271,24 +331,33 @@ class Sender:
         while self._units and self._units[0].future.done():
             self._units.popleft()
 
+    def _asked(self, batch: list[Unit]) -> tuple[Any, ...]:
+        """Return what the script is told."""
+        return (
+            self._stream,
+            self._publisher_id,
+            self._sequence,
+            [u.args for u in batch],
+            sum([u.events for u in batch]),
+            self.limits,
+            self._timeout_s,
+        )
+
     async def _attempt(self, batch: list[Unit]) -> Appended:
         self._attempting = True
         try:
-            return await self._store.append(
-                self._stream,
-                self._publisher_id,
-                self._sequence,
-                [u.args for u in batch],
-                self.limits,
-                self._timeout_s,
-            )
+            return await self._store.append(*self._asked(batch))
         except BusError as error:
-            self._trouble = error
-            if isinstance(error, ConnectionLost) and error.sent:
-                self._maybe_sent = True
+            self._note(error)
             raise
         finally:
             self._attempting = False
+
+    def _note(self, error: BusError) -> None:
+        """Note how an attempt has failed."""
+        self._trouble = error
+        if isinstance(error, ConnectionLost) and error.sent:
+            self._maybe_sent = True
 
     async def _insist(self, batch: list[Unit], first: BusError) -> Appended:
         """Send the batch again until it is in or its last deadline has passed."""
@@ -351,7 +420,7 @@ class Sender:
                 unit.future.set_exception(
                     self._shortage.error(self.limits.most)
                     if full
-                    else self._too_late(unknown, self._trouble)
+                    else too_late(self._stream, unknown, self._trouble)
                 )
             if late and full:
                 count = sum(u.events for u in late)
@@ -364,19 +433,6 @@ class Sender:
         waiting = [u.deadline + answer_s for u in self._in_flight if not u.future.done()]
         waiting += [u.deadline for u in self._units if not u.future.done()]
         self._deadline = loop.call_at(min(waiting), self._expire) if waiting else None
-
-    def _too_late(self, unknown: bool, cause: Exception | None = None) -> BusError:  # noqa: FBT001
-        why = f" ({cause})" if cause is not None else ""
-        if unknown:
-            return PublishUnknown(
-                f"no answer from {self._stream} in time{why}: the event may have been published;"
-                " publish it again only if handlers tolerate it twice"
-            )
-        text = f"the server did not take it into {self._stream} in time{why}"
-        if isinstance(cause, ReplyError):
-            remedy = REMEDIES.get(cause.code, "")
-            return PublishRefused(f"{text}: the event was not published{remedy}", cause.code)
-        return PublishTimeout(f"{text}: the event was not published")
 
     def _fail(self, batch: list[Unit], error: Exception) -> None:
         for unit in batch:
@@ -397,12 +453,5 @@ class Sender:
     def _told(self, error: Exception) -> Exception:
         """Return what one caller is told; each its own, since callers may add notes to it."""
         if is_transient(error) or self._maybe_sent:
-            return self._too_late(self._maybe_sent, error)
+            return too_late(self._stream, self._maybe_sent, error)
         return error.explained(self._stream) if isinstance(error, ReplyError) else error
-
-
-def is_transient(error: BaseException) -> bool:
-    """Return whether the same thing may work later, unchanged."""
-    if isinstance(error, ReplyError):
-        return error.code in TRANSIENT
-    return isinstance(error, ConnectionLost | ServerUnreachable)

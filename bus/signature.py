@@ -4,6 +4,7 @@ Mistakes are told where the handler is declared, and not by its first event.
 """
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ def checked_signature(
         _check_list_annotation(call, asked, group)
         return False
     _check_annotation(call, asked, group)
-    return _takes_delivery(call, group)
+    return takes_two(call, f"handler {group}", "delivery")
 
 
 def _check_annotation(call: Callable[..., Any], asked: list[type[Event]], group: str) -> None:
@@ -115,15 +116,34 @@ def _check_takes_list(call: Callable[..., Any], group: str) -> None:
         )
 
 
-def _takes_delivery(call: Callable[..., Any], group: str) -> bool:
+def takes_two(call: Callable[..., Any], who: str, second: str) -> bool:
+    """Return whether `call` can take (event, second), and not the event alone.
+
+    who: takes it, for the error. Errors: DeclarationError if it takes neither.
+    """
+    _, most = _positional(call, who, second)
+    return most > 1
+
+
+def needs_two(call: Callable[..., Any], who: str, second: str) -> bool:
+    """Return whether `call` must be given (event, second): `lambda event, name=name: ...` is not.
+
+    who: takes it, for the error. Errors: DeclarationError if it takes neither.
+    """
+    required, _ = _positional(call, who, second)
+    return required > 1
+
+
+def _positional(call: Callable[..., Any], who: str, second: str) -> tuple[int, float]:
+    """Return how many values `call` must and can be given by position."""
     parameters = inspect.signature(call).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return True
     required = [p for p in positional if p.default is p.empty]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return len(required), math.inf
     unfilled = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if not positional or len(required) > 2 or unfilled:  # noqa: PLR2004 - event, delivery
+    if not positional or len(required) > 2 or unfilled:  # noqa: PLR2004 - the event and that
         raise DeclarationError(
-            f"handler {group}: takes (event) or (event, delivery), not {inspect.signature(call)}"
+            f"{who}: takes (event) or (event, {second}), not {inspect.signature(call)}"
         )
-    return len(positional) > 1
+    return len(required), len(positional)

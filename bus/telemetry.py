@@ -52,6 +52,15 @@ EVENTS: dict[str, Emitted] = {
     "publish.failed": Emitted(
         _E, ("stream", "count", "error_type", "error"), "callers were told that it failed"
     ),
+    # in this process
+    "observer.dropped": Emitted(
+        _W,
+        ("observer", "pattern", "count"),
+        "too slow: it was not told of so many, its oldest; said once a second at most",
+    ),
+    "observer.failed": Emitted(
+        _W, ("observer", "pattern", *_ERROR), "an observer raised; nobody else notices"
+    ),
     # the way out
     "read.received": Emitted(_D, ("group", "count"), "entries were delivered to this worker"),
     "read.failed": Emitted(
@@ -247,6 +256,30 @@ EVENTS: dict[str, Emitted] = {
         _E,
         ("stream", "group", "share"),
         "nobody serves this group, and it pins half of the room or more: serve it or delete it",
+    ),
+    # an operator at work
+    "topic.marked": Emitted(_I, ("topic", "differences"), "what is recorded was changed"),
+    "topic.trimmed": Emitted(_I, ("stream", "count"), "history that nobody needed was removed"),
+    "group.moved": Emitted(
+        _I, ("stream", "group", "before", "after"), "the group is given other entries next"
+    ),
+    "group.removed": Emitted(
+        _I, ("stream", "group"), "deleted, with its inbox and its dead letters"
+    ),
+    "pending.released": Emitted(
+        _I, ("group", "count"), "pending entries that any worker may take at once"
+    ),
+    "pending.given_up": Emitted(
+        _I, ("group", "count"), "pending entries that were made dead letters by hand"
+    ),
+    "group.paused": Emitted(
+        _W,
+        ("worker", "topic", "group", "why"),
+        "starts nothing more of it, by order of an operator; what runs goes on",
+    ),
+    "group.resumed": Emitted(_W, ("worker", "topic", "group"), "its pause is over: all goes on"),
+    "pauses.failed": Emitted(
+        _W, ("worker", "error_type", "error"), "the server does not say what is paused: as before"
     ),
     "stream.broken": Emitted(
         _E, ("stream", "group", "error"), "not read for now: its key holds another Redis type"

@@ -34,14 +34,14 @@ from bus.errors import (
     PublishUnknown,
 )
 from bus.publisher import Publisher, Receipt
-from bus.sender import is_transient
 from bus.shortage import Shortage, tell_lost
 from bus.streams import keys
 from bus.streams.answers import Committed, Fate, Limits, Room
-from bus.streams.connection import ConnectionLost
+from bus.streams.connection import ConnectionLost, is_transient
 from bus.streams.replies import REMEDIES, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from bus.way_in import WayIn
 
 _MOST_TAGS = 10_000  # on a Cluster every tag has tickets of its own; beyond it new ones are made
 
@@ -104,6 +104,7 @@ class Transactions:
         self,
         store: StreamStore,
         publisher: Publisher,
+        way_in: WayIn,
         committer: Committer,
         telemetry: Telemetry,
         *,
@@ -111,6 +112,7 @@ class Transactions:
     ) -> None:
         self._store = store
         self._publisher = publisher
+        self._way_in = way_in
         self._committer = committer
         self._telemetry = telemetry
         self._timeout_s = publish_timeout_s
@@ -130,7 +132,7 @@ class Transactions:
         cause = current_delivery.get()
         if cause is not None and cause.settled:
             cause = None
-        scope = Scope(self._publisher, "", clustered=self._store.clustered)
+        scope = Scope(self._way_in, "", clustered=self._store.clustered)
         return Transaction(scope, cause, self._apply)
 
     async def _apply(self, wanted: Transaction) -> None:
@@ -175,6 +177,7 @@ class Transactions:
                 receipt = Receipt(sent.event_id, stream, reply.decode())
                 replies[sent.command] = True, receipt
                 wanted.receipts.append(receipt)
+                self._way_in.tell(sent.event, receipt)
         wanted.answered(replies)
         self._telemetry.emit(
             "transaction.committed",

@@ -1,8 +1,8 @@
 """The reference application: the event layer of a knowledge base and agent platform.
 
 Users build *apps*; an app answers from *datasets*; a dataset holds *documents*, whose text is
-indexed as soon as it is stored; people send *messages*, which use up their *quota*; agents and
-models *stream* what they do.
+indexed as soon as it is stored; people send *messages*, which use up their *quota*. What agents
+and models *stream* while they answer, to a browser for one, is in `examples`.
 
     events.py     everything that can happen, and the topics it is kept in
     state.py      where the present state lies in Redis: every key, and what a document is

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
 
 from bus.embedded import EmbeddedServer
-from tests.servers import DEFAULT, SERVERS, Kind, ask
+from tests.eyes import MemoryServer
+from tests.servers import DEFAULT, KINDS, MEMORY, SERVERS, Kind, ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-KINDS = {kind.id: kind for kind in SERVERS}
+_ON_EVERY_KIND = {"streams", "guarantees"}
+_LIKE_ANOTHER = {"redis-7.0"}
 
 
 class PrivateServer(Protocol):
@@ -23,6 +26,32 @@ class PrivateServer(Protocol):
     def __call__(
         self, kind: str = DEFAULT, *, aof: bool = False, extra_args: Iterable[str] = ()
     ) -> EmbeddedServer: ...
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks; let what tests start be interrupted, in a background shell, too."""
+    config.addinivalue_line("markers", "everywhere: runs on memory://, too")
+    config.addinivalue_line("markers", "servers_only(reason): though its neighbours run everywhere")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what needs a server on every kind of it, or on those that differ most.
+
+    All that differs between them is dealt with in `bus/streams`: what is above it is tested on the
+    newest and the oldest, and what is promised on all. What is marked `everywhere` runs on
+    `memory://`, too.
+    """
+    marked = metafunc.definition.get_closest_marker
+    about_servers = marked("servers_only") or "private_server" in metafunc.fixturenames
+    memory = [MEMORY] if marked("everywhere") and not about_servers else []
+    if "server_kind" in metafunc.fixturenames:
+        folder = metafunc.definition.nodeid.split("/")[1]
+        kinds = [k for k in KINDS if folder in _ON_EVERY_KIND or k not in _LIKE_ANOTHER]
+        metafunc.parametrize("server_kind", [*kinds, *memory], indirect=True, scope="session")
+    if memory and "default_kind" in metafunc.fixturenames:
+        metafunc.parametrize("default_kind", [DEFAULT, *memory], indirect=True, scope="session")
 
 
 def pytest_report_header() -> list[str]:
@@ -51,33 +80,50 @@ def shared_server() -> Iterator[Callable[[str], EmbeddedServer]]:
         yield of_kind
 
 
-@pytest.fixture(scope="session", params=list(KINDS))
+@pytest.fixture(scope="session")
 def server_kind(request: pytest.FixtureRequest) -> str:
-    """Run the test once for each kind of server: `valkey-9.1`, `redis-6.2`, `redis-7.0`."""
+    """Run the test once for each kind of server: `valkey-9.1`, `redis-6.2`, `redis-7.0`.
+
+    What is marked `everywhere` runs on `memory`, too.
+    """
     kind = str(request.param)
-    _binary(KINDS[kind])
+    if kind != MEMORY:
+        _binary(KINDS[kind])
     return kind
 
 
 @pytest.fixture(scope="session")
-def server(server_kind: str, shared_server: Callable[[str], EmbeddedServer]) -> EmbeddedServer:
+def default_kind(request: pytest.FixtureRequest) -> str:
+    """Run the test on the default server; what is marked `everywhere` on `memory`, too."""
+    return str(getattr(request, "param", DEFAULT))
+
+
+@pytest.fixture(scope="session")
+def server(
+    server_kind: str, shared_server: Callable[[str], EmbeddedServer]
+) -> EmbeddedServer | MemoryServer:
     """The running server of each kind; use `url` unless its contents do not matter."""
-    return shared_server(server_kind)
+    return MemoryServer() if server_kind == MEMORY else shared_server(server_kind)
+
+
+def _emptied(server: EmbeddedServer | MemoryServer) -> str:
+    if isinstance(server, MemoryServer):
+        server.flush()
+    else:
+        ask(server, "FLUSHALL")
+    return server.url
 
 
 @pytest.fixture
-def url(server: EmbeddedServer) -> str:
+def url(server: EmbeddedServer | MemoryServer) -> str:
     """An empty database on each kind of server."""
-    ask(server, "FLUSHALL")
-    return server.url
+    return _emptied(server)
 
 
 @pytest.fixture
-def valkey_url(shared_server: Callable[[str], EmbeddedServer]) -> str:
+def valkey_url(default_kind: str, shared_server: Callable[[str], EmbeddedServer]) -> str:
     """An empty database on the default server alone."""
-    server = shared_server(DEFAULT)
-    ask(server, "FLUSHALL")
-    return server.url
+    return _emptied(MemoryServer() if default_kind == MEMORY else shared_server(default_kind))
 
 
 @pytest.fixture

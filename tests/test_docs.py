@@ -1,6 +1,7 @@
 """What the documents show is run as written."""
 
 import ast
+import asyncio
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ from bus.streams import topics
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+IN_PROCESS = (ROOT / "docs/in-process.md").read_text(encoding="utf-8")
 _BLOCK = re.compile(r"<!-- test: (\w+) -->\n *```\w*\n(.*?)\n *```", re.DOTALL)
 
 
@@ -67,6 +69,23 @@ def test_orders_are_followed_and_gone_on_with(valkey_url: str, tmp_path: Path) -
     assert [line for line in lines if line] == [
         "(order_id='o-1', cents=1250)",
         "(order_id='o-2', cents=3000)",
+    ]
+
+
+def test_a_run_is_listened_to(valkey_url: str, tmp_path: Path) -> None:
+    code = blocks(README)
+    top, _, main = code["hello"].partition("@event_handler")
+    main = "async def main" + main.partition("async def main")[2]
+    start, _, rest = main.partition("        async with Worker")
+    start += "        await asyncio.gather(listen(bus, 'run-42'), run(bus, 'run-42'))\n"
+    script = tmp_path / "channel.py"
+    imports = "from datetime import timedelta\n"
+    end = "\n\nasyncio.run(main())\n"
+    assert "asyncio.run(main())" in rest
+    script.write_text(imports + top + code["channel"] + "\n\n" + start + end, encoding="utf-8")
+    assert run(script, valkey_url).splitlines() == [
+        "OrderPaid(order_id='run-42', cents=500)",
+        "OrderPaid(order_id='run-42', cents=750)",
     ]
 
 
@@ -178,16 +197,33 @@ def test_the_new_event_its_handler_and_its_test_pass_as_written(tmp_path: Path) 
     test = tmp_path / "test_sharing.py"
     test.write_text(code["event"] + code["handler"] + code["test"], encoding="utf-8")
     (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n", encoding="utf-8")
+    assert "1 passed" in (said := said_of(test)), said
+
+
+def said_of(test: Path) -> str:
+    """Run a file of tests as a project of its own; return what pytest printed."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:valkey", test],
-        cwd=tmp_path,
+        cwd=test.parent,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=50,
         check=False,
     )
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_what_the_document_of_testing_shows_passes_as_written(tmp_path: Path) -> None:
+    shared, code = blocks(README), blocks((ROOT / "docs/testing.md").read_text(encoding="utf-8"))
+    test = tmp_path / "test_sharing.py"
+    parts = [shared["event"], shared["handler"], code["fails"], code["server"]]
+    test.write_text("".join(parts), encoding="utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\n", encoding="utf-8")
+    assert "2 passed" in (said := said_of(test)), said
+    script = tmp_path / "script.py"
+    script.write_text(code["script"], encoding="utf-8")
+    assert "bus:{order:0}: 1 entries" in run(script, "redis://nobody.invalid")
 
 
 def test_the_session_by_hand_of_the_wire_document_goes_as_printed(url: str) -> None:
@@ -250,8 +286,69 @@ def test_the_backlog_is_printed_as_the_operations_document_has_it(
     assert re.fullmatch(r"  [\w-]+  nothing to do", line)
 
 
+def test_observers_and_hooks_do_as_the_document_says_without_a_server(tmp_path: Path) -> None:
+    script = tmp_path / "agent.py"
+    script.write_text(blocks(IN_PROCESS)["agent"], encoding="utf-8")
+    assert sorted(run(script, "redis://localhost:1").splitlines()) == [
+        "called: clock {}",
+        'called: search {"limit":10,"query":"{}"}',
+        "iterated: Let me see",
+        "refused: no shell here",
+        "shown: Let me see",
+    ]
+
+
+SERVE = """
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+
+class Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class Quiet(WSGIRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+server = Server(("127.0.0.1", 0), Quiet)
+server.set_app(pay)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+urls = [f"http://127.0.0.1:{server.server_port}/o-{n}" for n in range(40)]
+with ThreadPoolExecutor(8) as pool:
+    for entry_id in pool.map(lambda url: urllib.request.urlopen(url).read().decode(), urls):
+        print(entry_id)
+bus.publish_soon(OrderPaid(order_id="last", cents=1))  # and nobody waits for it
+server.shutdown()
+"""
+
+
+async def test_sync_code_publishes_through_a_thread_as_the_document_says(
+    valkey_url: str, tmp_path: Path
+) -> None:
+    """A WSGI server with threads; what nobody waited for is published as the program ends."""
+    script = tmp_path / "shop.py"
+    script.write_text(blocks(IN_PROCESS)["threads"] + SERVE, encoding="utf-8")
+    entry_ids = (await asyncio.to_thread(run, script, valkey_url)).splitlines()
+    async with Bus.connect(valkey_url) as bus:
+        found = [(e.entry_id, e.key) async for e in bus.history("order")]
+    assert found.pop()[1] == "last"
+    assert sorted(entry_ids) == sorted(entry_id for entry_id, _ in found)
+    assert sorted(key for _, key in found) == sorted(f"o-{n}" for n in range(40))
+
+
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/guarantees.md", "docs/operations.md", "docs/adr/README.md"]
+    "document",
+    [
+        "README.md",
+        "docs/in-process.md",
+        "docs/guarantees.md",
+        "docs/operations.md",
+        "docs/adr/README.md",
+    ],
 )
 def test_links_and_named_tests_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")

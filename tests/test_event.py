@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
+import tracemalloc
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -43,6 +46,99 @@ def test_events_are_values():
         one.size = 2
     with pytest.raises(TypeError, match="positional"):
         Uploaded("f")
+
+
+def test_an_event_has_neither_a_dict_nor_room_for_more():
+    event = Uploaded(file_id="f")
+    assert not hasattr(event, "__dict__")
+    with pytest.raises(AttributeError):
+        event.colour = "red"
+
+
+def test_a_small_event_takes_at_most_72_bytes():
+    """With what the garbage collector keeps in front of it, which `sys.getsizeof` counts."""
+
+    class Small(Event, type="small.made"):
+        a: str
+        b: str
+        c: int
+        d: float
+
+    small = Small(a="a", b="b", c=1, d=2.0)
+    assert not gc.is_tracked(small), "the garbage collector has nothing to do with it"
+    assert sys.getsizeof(small) <= 72
+    before = tracemalloc_of(lambda: [small for _ in range(10_000)])
+    made = tracemalloc_of(lambda: [Small(a="a", b="b", c=1, d=2.0) for _ in range(10_000)])
+    assert (made - before) / 10_000 <= 72
+
+
+def tracemalloc_of(make: Any) -> int:
+    """Return the bytes that are taken by what `make` returns."""
+    tracemalloc.start()
+    try:
+        kept = make()
+        return tracemalloc.get_traced_memory()[0] if kept else 0
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_event_is_hashable_as_far_as_its_fields_are():
+    class Tagged(Event, type="tag.put"):
+        tags: tuple[str, ...] | frozenset[str] | list[str] | dict[str, int]
+
+    assert len({Tagged(tags=("a", "b")), Tagged(tags=("a", "b")), Tagged(tags=("a",))}) == 2
+    assert hash(Tagged(tags=frozenset("ab"))) == hash(Tagged(tags=frozenset("ba")))
+    for container in (["a"], {"a": 1}):
+        with pytest.raises(TypeError, match="unhashable type"):
+            hash(Tagged(tags=container))
+
+
+@pytest.mark.parametrize(
+    ("type", "match"),
+    [
+        ("9lives.lost", "its family, '9lives', must begin with a letter"),
+        (".made", "its family, '', must begin"),
+        ("bad family.made", "its family, 'bad family', must"),
+        ("*.made", r"its family, '\*', must"),
+        ("family", "not a dotted name such as 'document.created'$"),
+        ("family.", "not a dotted name such as 'document.created'$"),
+    ],
+)
+def test_a_malformed_family_is_refused_and_named(type, match):
+    with pytest.raises(DeclarationError, match=match):
+
+        class _Bad(Event, type=type):
+            pass
+
+
+def test_a_base_class_may_say_the_family_of_its_children():
+    class Model(Event, family="model", topic="agent"):
+        run: str
+
+    class Delta(Model, type="model.delta_of_test"):
+        text: str
+
+    assert (info_of(Delta).family, info_of(Delta).topic) == ("model", "agent")
+    assert type_matches("model.*", info_of(Delta).type)
+    with pytest.raises(
+        DeclarationError, match=r"type 'agent.delta' is not of the family.*'model\.'"
+    ):
+
+        class _Stray(Model, type="agent.delta"):
+            pass
+
+    with pytest.raises(DeclarationError, match="of the family 'model' already"):
+
+        class _Other(Model, family="agent"):
+            pass
+
+
+@pytest.mark.parametrize("family", ["", "a.b", "*", "9a", 5])
+def test_a_family_is_one_segment(family):
+    with pytest.raises(DeclarationError, match="is not the first segment of a type"):
+
+        class _Bad(Event, family=family):
+            pass
 
 
 def test_fields_may_have_the_names_of_the_class_keywords():

@@ -369,13 +369,13 @@ def test_a_topic_may_be_declared_twice_in_the_same_way_only(package):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({}, "cannot import handlers from 'letters': ModuleNotFoundError"),
-        ({"__init__": "1/0"}, "cannot import handlers from 'letters': ZeroDivisionError"),
-        ({"__init__": "", "sub": "def"}, "cannot import handlers from 'letters.sub': SyntaxError"),
+        ({}, "cannot import 'letters': ModuleNotFoundError"),
+        ({"__init__": "1/0"}, "cannot import 'letters': ZeroDivisionError"),
+        ({"__init__": "", "sub": "def"}, "cannot import 'letters.sub': SyntaxError"),
         ({"__init__": "", "sub": "import nope_"}, "'letters.sub': ModuleNotFoundError: No module"),
         (
             {"__init__": "", "deep__dot____init__": "raise OSError('gone')"},
-            "cannot import handlers from 'letters.deep': OSError: gone",
+            "cannot import 'letters.deep': OSError: gone",
         ),
         (
             {"__init__": "", "sub": HANDLER.format("read").replace("async ", "")},

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from redis.asyncio import Redis
 
 from bus import (
     Backoff,
@@ -35,11 +34,14 @@ from bus import (
     event_handler,
 )
 from bus.config import UNIT_BYTES, UNIT_EVENTS
+from tests.eyes import eyes_of, eyes_on
 from tests.proxy import Proxy
 from tests.servers import ask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.everywhere
 
 STREAM = "bus:{pub:0}"
 CANARY = "s3cret-payload"
@@ -66,7 +68,7 @@ class Typeless(Event):
 
 async def entries(url: str, stream: str = STREAM) -> list[tuple[str, dict[str, Any]]]:
     """Return (entry id, fields with the event decoded) of a stream, as the server has it."""
-    async with Redis.from_url(url, protocol=2) as redis:
+    async with eyes_on(url) as redis:
         rows = await redis.xrange(stream)
     found = []
     for entry_id, fields in rows:
@@ -169,6 +171,7 @@ async def test_events_of_one_key_share_a_partition(url):
 # --- coalescing and order
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_publishes_at_the_same_time_share_script_calls(url, server):
     async with Bus.connect(url) as bus:
         await bus.publish(Noted(n=-1))
@@ -220,6 +223,42 @@ async def test_publish_many_gives_receipts_in_order_over_partitions(url):
             assert (fields["id"], fields["data"]["n"]) == (receipt.event_id, event.n)
 
 
+class Newer(Event, type="pub.newer", version=2, topic="spread", key="key"):
+    key: str
+
+
+class Packed(Event, type="pub.packed", topic="spread", encoding="msgpack"):
+    key: str
+
+
+KINDS: dict[str, list[Event]] = {
+    "plain": [Noted(n=n) for n in range(4)],
+    "keyed": [Keyed(key="a", n=n) for n in range(4)],
+    "with umlauts": [Keyed(key="ä", n=n) for n in range(4)],
+    "version 2": [Newer(key="a") for _ in range(3)],
+    "msgpack": [Packed(key=k) for k in "abc"],
+    "all sorts": [Keyed(key="a"), Newer(key="a"), Keyed(key="a"), Packed(key="b"), Newer(key="a")],
+}
+
+
+@pytest.mark.parametrize("source", [None, "shop"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_entry_is_the_same_published_singly_or_with_others(valkey_url, kind, source):
+    """In order and field by field, but for the ids: what the script is sent differs."""
+    async with Bus.connect(
+        valkey_url, source=source, topics=[Topic("spread", partitions=1)]
+    ) as bus:
+        stream = "bus:{spread:0}" if kind != "plain" else STREAM
+        singly = [await bus.publish(e) for e in KINDS[kind]]
+        together = await bus.publish_many(KINDS[kind])
+        rows = await eyes_of(bus).xrange(stream)
+    fields = [[*f.items()] for _, f in rows]
+    assert [dict(f)[b"id"].decode() for f in fields] == [r.event_id for r in (*singly, *together)]
+    bodies = [[pair for pair in f if pair[0] != b"id"] for f in fields]
+    assert bodies[: len(singly)] == bodies[len(singly) :]
+    assert [f[0][0] for f in fields] == [b"id"] * len(rows)
+
+
 async def test_publish_many_of_nothing(valkey_url):
     async with Bus.connect(valkey_url) as bus:
         assert await bus.publish_many([]) == []
@@ -244,6 +283,7 @@ async def test_a_list_is_not_torn_apart_by_what_others_publish(url):
         assert found[at : at + 30] == list(range(i * 100, i * 100 + 30))
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_units_larger_than_a_batch_go_whole_one_after_the_other(url, server):
     """16 callers at once, each with more events than the usual call takes."""
     async with Bus.connect(url) as bus:
@@ -341,6 +381,7 @@ async def test_one_stream_of_several_fails_and_the_error_says_what_is_in(url, se
     assert all(lengths)
 
 
+@pytest.mark.servers_only("it takes an access list")
 async def test_a_user_who_may_not_write_is_told_at_once(private_server, server_kind):
     server = private_server(server_kind)
     ask(server, "ACL", "SETUSER", "app", "on", ">pw", "~bus:*", "+@all")
@@ -354,6 +395,7 @@ async def test_a_user_who_may_not_write_is_told_at_once(private_server, server_k
     assert CANARY not in str(told)
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_server_without_memory_is_waited_for(private_server, server_kind):
     server = private_server(server_kind)
     async with telling(server.url) as (bus, told):
@@ -368,6 +410,7 @@ async def test_a_server_without_memory_is_waited_for(private_server, server_kind
     assert CANARY not in str(told)
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_server_that_stays_without_memory_is_named_as_the_reason(private_server):
     server = private_server()
     async with Bus.connect(server.url, publish_timeout_s=0.3) as bus:
@@ -383,6 +426,7 @@ async def test_a_server_that_stays_without_memory_is_named_as_the_reason(private
 # --- replies that get lost, servers that come and go
 
 
+@pytest.mark.servers_only("connections break")
 async def test_a_lost_reply_adds_nothing_twice(url, server):
     async with Proxy(server.port) as proxy, telling(proxy.url) as (bus, told):
         await bus.publish(Noted(n=0))
@@ -398,6 +442,7 @@ async def test_a_lost_reply_adds_nothing_twice(url, server):
     assert Counter(name for name, _ in told)["publish.retried"] == 8
 
 
+@pytest.mark.servers_only("connections break")
 async def test_lost_replies_among_many_callers(url, server):
     async with Proxy(server.port) as proxy, Bus.connect(proxy.url) as bus:
         await bus.publish(Noted(n=0))
@@ -523,6 +568,7 @@ async def test_a_server_that_restarted_empty_begins_anew(private_server, server_
     assert [r.entry_id for r in receipts] == [e for e, _ in await entries(server.url)]
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_server_that_lost_its_scripts_is_given_them_again(url, server):
     async with Bus.connect(url) as bus:
         for n in range(3):
@@ -653,6 +699,7 @@ else:
 """
 
 
+@pytest.mark.servers_only("a child has a memory of its own")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.parametrize("when", ["under", "before"])
 async def test_a_forked_child_publishes_as_itself_and_the_parent_goes_on(
@@ -782,6 +829,7 @@ async def test_given_ids_and_headers_win_over_derived_ones(valkey_url):
 # --- what must not be said
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_no_payload_in_logs_errors_or_telemetry(private_server, caplog):
     caplog.set_level("DEBUG")
     server = private_server()

@@ -33,13 +33,15 @@ from bus import (
 from bus.streams import stream as verbs
 from bus.streams.connection import ConnectionLost
 from bus.streams.replies import ReplyError
-from bus.streams.stream import StreamStore
+from tests.eyes import eyes_of, eyes_on, verbs_of
 from tests.faults.proxy import Proxy, digest
 from tests.servers import ask
 from tests.witness import Witness, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+
+pytestmark = pytest.mark.everywhere
 
 STREAM, GROUP = "bus:{shop:0}", "slow"
 
@@ -54,7 +56,7 @@ class Shipped(Event, type="cargo.shipped"):
 
 @pytest.fixture
 async def redis(url: str) -> AsyncIterator[Any]:
-    async with Redis.from_url(url, protocol=2) as redis:
+    async with eyes_on(url) as redis:
         yield redis
 
 
@@ -136,6 +138,7 @@ async def test_one_after_the_other_needs_one_memory(url, redis):
         assert len(await redis.keys("bus:tx:*")) == 1
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_block_that_raises_sends_nothing(url, redis, server):
     async def fail(bus: Bus) -> None:
         async with bus.transaction() as change:
@@ -152,6 +155,7 @@ async def test_a_block_that_raises_sends_nothing(url, redis, server):
     assert (await redis.exists("sold"), await numbers(redis)) == (0, [0])
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_an_empty_one_sends_nothing(url, server):
     async with Bus.connect(url) as bus:
         ask(server, "CONFIG", "RESETSTAT")
@@ -178,7 +182,7 @@ async def test_one_is_used_once(valkey_url):
             pass
         with pytest.raises(InvalidEffect, match="used once"):
             await unused.__aenter__()
-        assert await bus.redis.get("k") == b"1"
+        assert await eyes_of(bus).get("k") == b"1"
 
 
 async def test_one_has_no_stream_beside_which_a_key_could_lie(valkey_url):
@@ -198,6 +202,7 @@ async def test_two_at_a_time_are_two(valkey_url):
         assert (first.value, second.value) == (2, 1)
 
 
+@pytest.mark.servers_only("it takes an access list")
 async def test_a_user_who_may_not_is_told_at_once_and_nothing_is_done(private_server, server_kind):
     server = private_server(server_kind)
     rules = "on >pw ~bus:* ~mine:* +@all -hincrby"
@@ -212,15 +217,15 @@ async def test_a_user_who_may_not_is_told_at_once_and_nothing_is_done(private_se
             with pytest.raises(PermissionDenied, match=r"docs/wire\.md"):
                 await commit(bus, collect)
         await commit(bus, lambda e: e.incrby("mine:k"))
-        assert await bus.redis.get("mine:k") == b"1"
+        assert await eyes_of(bus).get("mine:k") == b"1"
 
 
 async def test_a_memory_of_another_type_is_named(valkey_url):
     async with Bus.connect(valkey_url) as bus:
         await commit(bus, lambda e: e.incrby("k"))
-        (memory,) = await bus.redis.keys("bus:tx:*")
-        await bus.redis.delete(memory)
-        await bus.redis.lpush(memory, "a")
+        (memory,) = await eyes_of(bus).keys("bus:tx:*")
+        await eyes_of(bus).delete(memory)
+        await eyes_of(bus).sadd(memory, "a")
         with pytest.raises(WrongKeyType, match=memory.decode()):
             await commit(bus, lambda e: e.incrby("k"))
 
@@ -228,13 +233,13 @@ async def test_a_memory_of_another_type_is_named(valkey_url):
 async def test_of_two_with_one_ticket_the_older_comes_too_late(url, redis, monkeypatch):
     """A request that hung somewhere must not be applied when its ticket is another's by now."""
     sent: list[tuple[Any, ...]] = []
-    inner = StreamStore.commit
+    inner = verbs_of(url).commit
 
     async def noted(self: Any, *args: Any) -> Any:
         sent.append(args)
         return await inner(self, *args)
 
-    monkeypatch.setattr(StreamStore, "commit", noted)
+    monkeypatch.setattr(verbs_of(url), "commit", noted)
     async with Bus.connect(url) as bus:
         first = await sell(bus, 1)
         again = await inner(bus.store, *sent[0])
@@ -294,6 +299,7 @@ async def test_where_callers_are_refused_one_is_refused_at_once_and_whole(url, r
         assert names == ["publish.full", "publish.resumed"] * 2, "each time once"
 
 
+@pytest.mark.servers_only("it counts what a server was asked")
 async def test_one_that_waits_goes_on_within_100_ms_of_room(url, redis, server):
     """The median of ten; one of them may be held up by whatever else the machine does."""
     took_s = []
@@ -318,6 +324,7 @@ async def test_one_that_waits_goes_on_within_100_ms_of_room(url, redis, server):
     assert median(took_s) < 0.1, took_s
 
 
+@pytest.mark.servers_only("it counts what a server was asked")
 async def test_those_who_wait_go_in_their_order_large_ones_too(url, redis, server):
     async with Bus.connect(url, topics=[shop()], publish_timeout_s=20) as bus:
         witness = Witness(bus)
@@ -340,6 +347,7 @@ async def test_those_who_wait_go_in_their_order_large_ones_too(url, redis, serve
         assert await redis.xlen(STREAM) <= 10
 
 
+@pytest.mark.servers_only("it counts what a server was asked")
 async def test_who_comes_later_does_not_take_what_a_larger_one_waits_for(url, redis, server):
     async with Bus.connect(url, topics=[shop()], publish_timeout_s=20) as bus:
         witness = Witness(bus)
@@ -358,9 +366,10 @@ async def test_who_comes_later_does_not_take_what_a_larger_one_waits_for(url, re
     assert (await numbers(redis))[-6:] == [10] * 5 + [11]
 
 
+@pytest.mark.servers_only("it counts what a server was asked")
 async def test_one_that_was_robbed_of_its_room_is_still_the_first(url, redis, server, monkeypatch):
     """A publisher elsewhere was quicker than it, between its look and its events."""
-    inner = StreamStore.commit
+    inner = verbs_of(url).commit
     robbed: list[int] = []
 
     async def rob(self: Any, *args: Any) -> Any:
@@ -377,7 +386,7 @@ async def test_one_that_was_robbed_of_its_room_is_still_the_first(url, redis, se
         large = asyncio.create_task(sell(bus, 10, events=2))
         await eventually(lambda: witness.of("publish.full"))
         small = asyncio.create_task(sell(bus, 11))
-        monkeypatch.setattr(StreamStore, "commit", rob)
+        monkeypatch.setattr(verbs_of(url), "commit", rob)
         (entry_id, _) = (await redis.xrange(STREAM, count=2))[-1]
         await let_go(redis, entry_id)
         await eventually(lambda: robbed)
@@ -503,6 +512,7 @@ async def test_two_full_streams_are_waited_for_in_turn(url, redis):
     assert [r.stream for r in change.receipts] == [STREAM, "bus:{cargo:0}"]
 
 
+@pytest.mark.servers_only("it counts what a server was asked")
 async def test_one_of_a_stream_that_refuses_is_refused_for_that_stream_alone(url, redis, server):
     """Somebody waits for room in the other one: that is no reason to call this one full."""
     topics = [shop(), Topic("cargo", maxlen=4, keep=1, on_full="reject")]
@@ -574,7 +584,7 @@ async def test_what_may_have_been_sent_stays_unknown_whatever_comes_after(
     url, monkeypatch, trouble
 ):
     """A lost answer first: what the server says or does not say then is about the repeats."""
-    inner = StreamStore.commit
+    inner = verbs_of(url).commit
     calls: list[int] = []
 
     async def lost(self: Any, *args: Any) -> Any:
@@ -586,29 +596,30 @@ async def test_what_may_have_been_sent_stays_unknown_whatever_comes_after(
         raise error
 
     async with Bus.connect(url, publish_timeout_s=0.3) as bus:
-        monkeypatch.setattr(StreamStore, "commit", lost)
+        monkeypatch.setattr(verbs_of(url), "commit", lost)
         with pytest.raises(PublishUnknown):
             await sell(bus, 1)
         assert len(calls) > 1
-        assert await bus.redis.get("sold") == b"1"
+        assert await eyes_of(bus).get("sold") == b"1"
 
 
 async def test_a_caller_told_unknown_may_look_at_the_state(url, monkeypatch):
     """The example of what PublishUnknown asks for."""
-    inner = StreamStore.commit
+    inner = verbs_of(url).commit
 
     async def hangs(self: Any, *args: Any) -> Any:
         await inner(self, *args)
         await asyncio.Event().wait()
 
     async with Bus.connect(url, publish_timeout_s=0.3) as bus:
-        monkeypatch.setattr(StreamStore, "commit", hangs)
+        monkeypatch.setattr(verbs_of(url), "commit", hangs)
         with pytest.raises(PublishUnknown, match="whole or not"):
             await sell(bus, 1)
         monkeypatch.undo()
-        assert await bus.redis.get("sold") == b"1"
+        assert await eyes_of(bus).get("sold") == b"1"
 
 
+@pytest.mark.servers_only("there is no server that it would be kept on")
 async def test_what_was_read_is_not_kept_on_the_server(url, redis):
     """The memory is there to recognise a repeat, not to hold megabytes for ten minutes."""
     await redis.set("large", "x" * 1_000_000)
@@ -625,6 +636,7 @@ async def test_what_was_read_is_not_kept_on_the_server(url, redis):
         assert await redis.strlen(memory) < 200
 
 
+@pytest.mark.servers_only("an answer is lost with a connection")
 async def test_a_repeat_reads_again_what_was_too_long_to_be_kept(server, redis):
     await redis.set("large", "x" * 10_000)
     async with Proxy(server.port) as proxy, Bus.connect(proxy.url) as bus:
@@ -638,12 +650,13 @@ async def test_a_repeat_reads_again_what_was_too_long_to_be_kept(server, redis):
     assert await redis.get("k") == b"1"
 
 
+@pytest.mark.servers_only("it counts what a server was asked")
 async def test_one_whose_events_have_a_condition_waits_as_any_other(
     url, redis, server, monkeypatch
 ):
     """It asks for room without its events; it does not try again and again whether they fit."""
     sent: list[int] = []
-    inner = StreamStore.commit
+    inner = verbs_of(url).commit
 
     async def counted(self: Any, *args: Any) -> Any:
         sent.append(1)
@@ -654,7 +667,7 @@ async def test_one_whose_events_have_a_condition_waits_as_any_other(
         await pinned(redis)
         for n in range(10):
             await sell(bus, n)
-        monkeypatch.setattr(StreamStore, "commit", counted)
+        monkeypatch.setattr(verbs_of(url), "commit", counted)
 
         async def rename() -> list[Receipt]:
             async with bus.transaction() as change:

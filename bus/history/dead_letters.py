@@ -1,13 +1,13 @@
 """The dead letters of one group: found, shown, redriven, purged, exported. See `DeadLetters`."""
 
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Iterable
+from collections.abc import AsyncGenerator, Callable, Container, Iterable
 from contextlib import aclosing
+from copy import copy
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import NamedTuple, TypedDict, TypeVar
+from typing import NamedTuple, Self, TypedDict, TypeVar
 
 from bus.config import (
     LETTERS_PER_LOOK,
@@ -20,6 +20,7 @@ from bus.envelope import order
 from bus.errors import DeclarationError, LetterGone, Undecodable, UnknownGroup, WrongKeyType
 from bus.history.event_store import Found, merged
 from bus.history.export import TextFile, export
+from bus.history.groups import streams_with
 from bus.history.letter import Letter, letter_of
 from bus.history.letter_id import LetterId, parsed
 from bus.history.mend import Edit
@@ -126,13 +127,25 @@ class DeadLetters:
             checked_function(where, "where", "a letter")
         self._where = where
         self._reverse = reverse
+        self._fixed: dict[str, tuple[str, str]] | None = None
 
-    def __aiter__(self) -> AsyncIterator[Letter]:
+    async def fixed(self) -> Self:
+        """Return the same, as it is now: what dies from now on is not among them.
+
+        For who looks, asks, and does it then. XRANGE of the first and last of each stream.
+        Errors: as it reads.
+        """
+        same = copy(self)
+        if self._ids is None:
+            same._fixed = await self._there()  # noqa: SLF001 - its own
+        return same
+
+    def __aiter__(self) -> AsyncGenerator[Letter, None]:  # noqa: PYI058 - who stops closes it
         return self._letters()
 
     async def count(self) -> int:
         """Return how many there are. XLEN each without a filter, else all of them are read."""
-        if self._is_everything():
+        if self._is_everything() and self._fixed is None:
             dead = [keys.dead(s, self._group) for s in await self._there()]
             lengths = await patiently(partial(self._store.lengths, dead))
             if -1 not in lengths:  # none is forbidden, say
@@ -294,7 +307,7 @@ class DeadLetters:
             if nothing:
                 await self._there()
             return
-        there = await self._there()
+        there = await self._there() if self._fixed is None else self._fixed
         home = {keys.dead(stream, self._group): stream for stream in there}
         bounds = {dead: there[stream] for dead, stream in home.items()}
         async with aclosing(merged(self._store, bounds, reverse=self._reverse)) as entries:
@@ -361,23 +374,14 @@ class DeadLetters:
 
     async def _check_group(self, streams: list[str]) -> None:
         """Look whether any stream has the group, or has had dead letters of it."""
-        groups: set[str] = set()
-        for stream in streams:
-            groups.update(await patiently(partial(self._store.groups_of, stream)))
-            if self._group in groups:
-                return
-        dead = [keys.dead(s, self._group) for s in streams]
-        for key in dead:
-            if await patiently(partial(self._store.type_of, key)) != b"none":
-                return
-        close = get_close_matches(self._group, groups, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        where = "no topic" if self._topic is None else f"topic {self._topic} does not"
-        verb = " has" if self._topic is None else " have"
-        raise UnknownGroup(
-            f"{where}{verb} the group {self._group}: {hint}groups there are:"
-            f" {', '.join(sorted(groups)) or 'none'}. A worker that serves the handler makes it"
-        )
+        try:
+            await streams_with(self._store, streams, self._group, self._topic)
+        except UnknownGroup:
+            for stream in streams:
+                dead = keys.dead(stream, self._group)
+                if await patiently(partial(self._store.type_of, dead)) != b"none":
+                    return
+            raise
 
     async def _fetched(
         self, streams: list[str], wanted: list[LetterId]

@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -25,11 +24,11 @@ from bus.errors import (
     PublishUnknown,
     StreamFull,
     Undecodable,
-    UnknownGroup,
 )
 from bus.event import Event, info_of
 from bus.handler import Handler
 from bus.history.event_store import envelope_of
+from bus.history.groups import streams_with
 from bus.history.patience import patiently
 from bus.signature import checked_signature
 from bus.streams import keys
@@ -132,17 +131,7 @@ class IntoInbox(_OnServer):
     async def check(self, streams: Sequence[str], record: Record) -> None:
         """Refuse a group that no stream has. XINFO GROUPS each. Errors: UnknownGroup."""
         self._room = record.inbox_most
-        there: set[str] = set()
-        for stream in streams:
-            there.update(await self._store.groups_of(stream))
-            if self._group in there:
-                return
-        close = get_close_matches(self._group, there, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise UnknownGroup(
-            f"topic {keys.topic_of(streams[0])} has no group {self._group}: {hint}it has"
-            f" {', '.join(sorted(there)) or 'none'}. A worker that serves the handler makes it"
-        )
+        await streams_with(self._store, streams, self._group, keys.topic_of(streams[0]))
 
     async def put(self, run: str, stream: str, entries: Sequence[RawEntry]) -> Outcome:
         """Copy entries into the inbox of one stream, on the server. `replay.lua`."""

@@ -24,10 +24,10 @@ from bus.event import Event
 from bus.history.patience import patiently
 from bus.history.position import Position, as_id
 from bus.history.selection import Selection
-from bus.sender import is_transient
 from bus.streams import keys
 from bus.streams.answers import RawEntry
 from bus.streams.codec import locate, open_envelope
+from bus.streams.connection import is_transient
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
 from bus.telemetry import Telemetry
@@ -288,5 +288,6 @@ def _unreadable(stream: str, entry_id: bytes, fields: list[bytes], error: Undeco
         entry_id=entry_id.decode(),
         time=entry_time(entry_id),
         data=located.data or b"",
+        content_type=located.content_type,
         _decode=refuse,
     )

@@ -17,8 +17,8 @@ from bus.history.patience import patiently
 from bus.history.place import Gap, Place, reaches
 from bus.history.proof import Proofs
 from bus.history.seat import Seat
-from bus.sender import is_transient
 from bus.streams.answers import RawEntry
+from bus.streams.connection import is_transient
 from bus.streams.follower import Extent, Follower, entries_of, extents
 from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore

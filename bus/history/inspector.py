@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from bus.config import HEARD_OF_MS, INSPECT_PATIENCE_S, checked_name
-from bus.envelope import order
+from bus.envelope import entry_time, order
 from bus.errors import DeclarationError, PermissionDenied
 from bus.history.backlog import (
     STREAMS_AT_ONCE,
@@ -24,15 +24,18 @@ from bus.history.snapshot import (
     ConsumerSnapshot,
     GroupSnapshot,
     LaneSnapshot,
+    Paused,
     ServerFacts,
     Snapshot,
     StreamSnapshot,
     TopicSnapshot,
     summed,
 )
+from bus.streams import keys
 from bus.streams.answers import Consumer
 from bus.streams.keys import lane_due_ms
 from bus.streams.overview import GroupLook, StreamLook, overview, server_look
+from bus.streams.pauses import Pause
 from bus.streams.stream import StreamStore
 from bus.streams.topics import Record, TopicTable
 
@@ -57,9 +60,10 @@ class Inspector:
         return await patiently(lambda: self._snapshot(names), INSPECT_PATIENCE_S)
 
     async def _snapshot(self, names: Iterable[str] | None) -> Snapshot:
-        (records, errors), (now_ms, facts) = await asyncio.gather(
+        (records, errors), server = await asyncio.gather(
             self._records(names), server_look(self._store)
         )
+        now_ms, facts, pauses, hidden = server
         streams = [s for n, r in records.items() for s in self._topics.streams(n, r.partitions)]
         counted = self._growth.known(now_ms)
         looks: list[StreamLook] = []
@@ -69,11 +73,17 @@ class Inspector:
         _refuse_if_all_is_hidden(looks)
         each = iter(looks)
         topics = [
-            self._topic(name, record, [next(each) for _ in range(record.partitions)], now_ms)
+            self._topic(
+                name,
+                record,
+                [next(each) for _ in range(record.partitions)],
+                now_ms,
+                {g: paused_of(p) for (t, g), p in pauses.items() if t == name and p.holds(now_ms)},
+            )
             for name, record in records.items()
         ]
         time = datetime.fromtimestamp(now_ms / 1000, UTC)
-        return Snapshot(time, _facts(facts) if facts else None, tuple(topics), errors)
+        return Snapshot(time, _facts(facts) if facts else None, tuple(topics), errors + hidden)
 
     async def _records(
         self, names: Iterable[str] | None
@@ -88,10 +98,16 @@ class Inspector:
         return found, ()
 
     def _topic(
-        self, name: str, record: Record, looks: Sequence[StreamLook], now_ms: int
+        self,
+        name: str,
+        record: Record,
+        looks: Sequence[StreamLook],
+        now_ms: int,
+        paused: Mapping[str, Paused],
     ) -> TopicSnapshot:
         streams = tuple(
-            self._stream(partition, record, look, now_ms) for partition, look in enumerate(looks)
+            self._stream(partition, record, look, now_ms, paused)
+            for partition, look in enumerate(looks)
         )
         by_name: dict[str, list[GroupSnapshot]] = {}
         for stream in streams:
@@ -110,19 +126,28 @@ class Inspector:
         )
 
     def _stream(
-        self, partition: int, record: Record, look: StreamLook, now_ms: int
+        self,
+        partition: int,
+        record: Record,
+        look: StreamLook,
+        now_ms: int,
+        paused: Mapping[str, Paused],
     ) -> StreamSnapshot:
         length = look.info.get("length", 0)
         first, last = _end(look, "first-entry"), _end(look, "last-entry")
         room = max(0, record.maxlen - length)
         added = look.info.get("entries-added")
         per_s = self._growth.per_s(look.stream, now_ms, added, look.newest)
-        groups = tuple(group_of(look, group, now_ms) for group in look.groups)
+        groups = tuple(
+            group_of(look, group, now_ms, paused.get(keys.text(group.group)))
+            for group in look.groups
+        )
         pin = pinning(look.groups)
         return StreamSnapshot(
             look.stream,
             partition,
             length,
+            added,
             record.maxlen,
             record.keep,
             room,
@@ -138,10 +163,13 @@ class Inspector:
             sum(g.dead for g in groups),
             None if look.trouble is None else str(look.trouble),
             groups,
+            look.info["last-generated-id"].decode() if look.info else None,
         )
 
 
-def group_of(look: StreamLook, group: GroupLook, now_ms: int) -> GroupSnapshot:
+def group_of(
+    look: StreamLook, group: GroupLook, now_ms: int, paused: Paused | None = None
+) -> GroupSnapshot:
     """Judge what was seen of one group."""
     lanes: dict[int, int] = {}
     workers: dict[bytes, Consumer] = {}
@@ -156,6 +184,7 @@ def group_of(look: StreamLook, group: GroupLook, now_ms: int) -> GroupSnapshot:
             idle_ms = min(idle_ms, other.idle_ms)
             workers[name] = Consumer(name, pending + other.pending, idle_ms)
     alive = {n for n, c in workers.items() if _lives(look, c)}
+    serving = _serving(look, group, alive)
     return GroupSnapshot(
         name_of(group.group),
         group.undelivered,
@@ -172,9 +201,11 @@ def group_of(look: StreamLook, group: GroupLook, now_ms: int) -> GroupSnapshot:
         _age_s(group.oldest_pending, now_ms),
         _age_s(group.oldest_dead, now_ms),
         _age_s(group.newest_dead, now_ms),
-        _is_served(look, group, alive),
+        bool(serving),
+        paused,
+        group.row.get("lag"),
         tuple(
-            ConsumerSnapshot(name_of(n), n in alive, c.pending, c.idle_ms / 1000)
+            ConsumerSnapshot(name_of(n), n in alive, c.pending, c.idle_ms / 1000, n in look.listed)
             for n, c in sorted(workers.items())
         ),
         tuple(
@@ -182,6 +213,7 @@ def group_of(look: StreamLook, group: GroupLook, now_ms: int) -> GroupSnapshot:
             for due_ms, pending in sorted(lanes.items())
             if pending
         ),
+        len(serving),
     )
 
 
@@ -191,9 +223,9 @@ def _lives(look: StreamLook, consumer: Consumer) -> bool:
     return consumer.idle_ms < HEARD_OF_MS
 
 
-def _is_served(look: StreamLook, group: GroupLook, alive: set[bytes]) -> bool:
-    said = any(group.group in groups for groups in look.leases.values())
-    return said or bool(alive - look.listed)
+def _serving(look: StreamLook, group: GroupLook, alive: set[bytes]) -> set[bytes]:
+    """Return who serves a group: by their own word, and readers that keep no lease."""
+    return {n for n, groups in look.leases.items() if group.group in groups} | alive - look.listed
 
 
 def pinning(groups: Iterable[GroupLook]) -> tuple[bytes, bytes] | None:
@@ -277,6 +309,16 @@ def _facts(facts: Mapping[str, str]) -> ServerFacts:
         int(facts.get("used_memory", 0)),
         int(facts.get("maxmemory", 0)) or None,
     )
+
+
+def paused_of(pause: Pause) -> Paused:
+    """Return a pause as a snapshot has it."""
+    since, until = (_time(ms) if ms else None for ms in (pause.since_ms, pause.until_ms))
+    return Paused(since, until, pause.why)
+
+
+def _time(ms: int) -> datetime:
+    return entry_time(str(ms))
 
 
 def _end(look: StreamLook, which: str) -> bytes | None:

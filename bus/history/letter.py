@@ -1,20 +1,17 @@
 """A dead letter as one looks at it: the event it was, and why it died."""
 
-import base64
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import msgspec
-
-from bus.config import MAX_DECODE_BYTES
 from bus.envelope import Envelope, entry_time
 from bus.errors import Undecodable
 from bus.event import Event
+from bus.history.document import document_of, in_base64
 from bus.history.event_store import envelope_of
 from bus.streams import keys
 from bus.streams.answers import RawEntry
-from bus.streams.codec import ENTRY_ID, JSON, MSGPACK, locate, open_envelope
+from bus.streams.codec import ENTRY_ID, open_envelope
 from bus.streams.letters import opened
 
 
@@ -69,7 +66,6 @@ class Letter:
         data: the event, if JSON can say all of it; else it is in `data_base64`. What the rest of
         the document does not tell of the entry is in `fields_base64`: names and values in turn.
         """
-        envelope = self.envelope
         said = {
             "id": self.id,
             "group": self.group,
@@ -83,26 +79,10 @@ class Letter:
             "published_at": self.published_at.isoformat(),
             "original_entry_id": self.original_entry_id,
             "applied": list(self.applied),
-            "event_id": envelope.event_id,
-            "type": envelope.type,
-            "version": envelope.version,
-            "key": envelope.key,
-            "time": envelope.time.isoformat(),
-            "source": envelope.source,
-            "correlation_id": envelope.correlation_id,
-            "causation_id": envelope.causation_id,
-            "causation_depth": envelope.causation_depth,
-            "traceparent": envelope.traceparent,
-            "tracestate": envelope.tracestate,
-            "content_type": _content_type(self.fields),
+            **document_of(self.envelope),
         }
-        value = _json_value(decoded(envelope.data, packed=said["content_type"] == MSGPACK))
-        if value is msgspec.UNSET:
-            said["data_base64"] = _base64(envelope.data)
-        else:
-            said["data"] = value
         if not _all_said(self.fields):
-            said["fields_base64"] = [_base64(part) for part in self.fields]
+            said["fields_base64"] = [in_base64(part) for part in self.fields]
         return said
 
 
@@ -138,32 +118,6 @@ def letter_of(group: str, stream: str, entry: RawEntry) -> Letter:
     )
 
 
-def decoded(data: bytes, *, packed: bool) -> Any:
-    """Return what encoded data says, UNSET if it is neither JSON nor, if `packed`, msgpack."""
-    if len(data) > MAX_DECODE_BYTES:
-        return msgspec.UNSET
-    try:
-        return (msgspec.msgpack if packed else msgspec.json).decode(data)
-    except Exception:  # RecursionError and UnicodeDecodeError are no errors of msgspec's
-        return msgspec.UNSET
-
-
-def _json_value(value: Any) -> Any:
-    """Return `value` if it is the same when it has been JSON, else UNSET.
-
-    Bytes, times and NaN, which msgpack may hold, would come out of it as something else.
-    """
-    try:
-        same = msgspec.json.decode(msgspec.json.encode(value)) == value
-    except (msgspec.MsgspecError, TypeError, RecursionError):  # there are keys that it cannot say
-        return msgspec.UNSET
-    return value if same else msgspec.UNSET
-
-
-def _content_type(fields: tuple[bytes, ...]) -> str:
-    return (locate(list(fields)).content_type or JSON.encode()).decode(errors="replace")
-
-
 _SAID = frozenset(
     b"id type data v partitionkey datacontenttype time source correlationid causationid"
     b" causationdepth traceparent tracestate".split()
@@ -180,7 +134,3 @@ def _all_said(fields: tuple[bytes, ...]) -> bool:
     except Undecodable:
         return False
     return True
-
-
-def _base64(part: bytes) -> str:
-    return base64.b64encode(part).decode()

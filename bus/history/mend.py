@@ -13,13 +13,15 @@ from bus.errors import (
     UnknownEventType,
 )
 from bus.event import Event, EventInfo, find, info_of, newest_version, step_from
-from bus.history.letter import Letter, decoded
+from bus.history.document import decoded
+from bus.history.letter import Letter
 from bus.history.selection import checked_function, plain_answer
 from bus.streams import keys
 from bus.streams.codec import (
     MSGPACK,
     Fields,
     Located,
+    decode,
     encode,
     info_for,
     key_of,
@@ -43,6 +45,25 @@ def checked_edit(edit: Edit | None) -> Edit | None:
         )
     checked_function(edit, "edit", "a letter")
     return edit
+
+
+def whole(kind: str, data: bytes) -> Event:
+    """Return the event of a type that JSON says, of the newest class; nothing of a letter stays.
+
+    Errors: UnknownEventType; InvalidEvent, also for a member that the class does not know.
+    """
+    newest = newest_version(kind)
+    if not newest:
+        raise _unchecked(f"no class for the type {kind!r} is known")
+    info = find(kind, newest)
+    try:
+        _by_name(info, msgspec.json.decode(data, type=dict[str, Any]))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidEvent(f"it is no JSON object: {error}") from None
+    try:
+        return decode(info, Located(b"", None, None, None, data))
+    except Undecodable as error:
+        raise InvalidEvent(f"it is no {kind}: {error}") from None
 
 
 def mended(letter: Letter, edit: Edit, partitions: int, max_bytes: int) -> Fields | None:

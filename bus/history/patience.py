@@ -13,8 +13,7 @@ from tenacity import (
 
 from bus.config import LOOK_PATIENCE_S
 from bus.errors import ServerUnreachable
-from bus.sender import is_transient
-from bus.streams.connection import ConnectionLost
+from bus.streams.connection import ConnectionLost, is_transient
 from bus.streams.replies import TRANSIENT, ReplyError
 
 T = TypeVar("T")
@@ -53,3 +52,19 @@ async def patiently(
             raise error.refusal() from error
         raise
     raise AssertionError("tenacity ends by returning or raising")
+
+
+async def twice_at_worst(
+    do: Callable[[], Awaitable[T]], patience_s: float = LOOK_PATIENCE_S
+) -> tuple[T, bool]:
+    """Return what `do` returns, which changes something, and whether it is in doubt what it met.
+
+    It is when an answer was lost: what it does may have been done by the call before.
+    """
+    in_doubt = False
+
+    def tell(error: BaseException) -> None:
+        nonlocal in_doubt
+        in_doubt = in_doubt or getattr(error, "sent", False)
+
+    return await patiently(do, patience_s, tell), in_doubt

@@ -5,19 +5,18 @@ start  -  end  +        the first and the last entry
 1763629200000           milliseconds since 1970, UTC
 2026-11-20T09:00:00Z    ISO 8601; without a zone it is UTC; a date alone is its midnight
 @2026-11-20             the same with an @ in front
-@-2h                    two hours ago; s, m, h, d, w
+@-2h                    two hours ago; ms, s, m, h, d, w
 """
 
 import re
 from datetime import UTC, datetime
 
 from bus.errors import DeclarationError
+from bus.history.lengths import length_s
 
 Position = str | int | datetime | None
 
 _ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
-_AGO = re.compile(r"@-(\d+(?:\.\d+)?)([smhdw])")
-_UNIT_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _FIRST_ISO = re.compile(r"@?\d{4}-\d{2}-\d{2}")
 
 
@@ -71,11 +70,10 @@ def _of_text(text: str, now: datetime) -> str | None:  # noqa: PLR0911 - one per
         return "+"
     if _ID.fullmatch(text):
         return text if all(int(number) < 2**64 for number in text.split("-")) else None
-    ago = _AGO.fullmatch(text)
+    age_s = length_s(text[2:]) if text.startswith("@-") else None
     try:
-        if ago:
-            age_ms = float(ago[1]) * _UNIT_S[ago[2]] * 1000
-            return str(max(0, round(now.timestamp() * 1000 - age_ms)))
+        if age_s is not None:
+            return str(max(0, round((now.timestamp() - age_s) * 1000)))
         if _FIRST_ISO.match(text):
             return str(_ms(datetime.fromisoformat(text.removeprefix("@"))))
     except (ValueError, OverflowError):

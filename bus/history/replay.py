@@ -26,7 +26,7 @@ from bus.config import (
 from bus.delivery import REPLAY
 from bus.envelope import Envelope, entry_time, order
 from bus.errors import CheckpointError, InvalidEvent, Undecodable
-from bus.history.checkpoint import Checkpoint, Place, Saved
+from bus.history.checkpoint import Checkpoint, Counts, Place, Saved
 from bus.history.destinations import Destination, OutOfStep, tell_unreadable
 from bus.history.event_store import envelope_of, merged, streams_of
 from bus.history.patience import patiently
@@ -49,6 +49,7 @@ class Replayed:
 
     run: its name, in the field `run` of inbox entries. resumed: whether it went on from a
     checkpoint. sample: of a dry run, the first envelopes that it would replay.
+    last: the last entry id of the range, "" when there was nothing in it.
     """
 
     read: int
@@ -60,6 +61,7 @@ class Replayed:
     run: str = ""
     resumed: bool = False
     sample: tuple[Envelope, ...] = ()
+    last: str = ""
 
 
 async def replay(
@@ -75,9 +77,9 @@ async def replay(
     record = await patiently(lambda: topics.existing(wanted.topic))
     streams = streams_of(record, wanted.topic, wanted.selection.key)
     await patiently(lambda: destination.check(streams, record))
-    file = Checkpoint(None if wanted.dry_run else wanted.checkpoint)
     asked = wanted.said(store.address, destination.name)
-    saved = file.load(asked)
+    saved = Checkpoint(wanted.checkpoint).load(asked)
+    file = Checkpoint(None if wanted.dry_run else wanted.checkpoint)
     resumed = saved is not None
     while saved is None:
         places = await _places(store, streams, *bounds)
@@ -102,6 +104,7 @@ async def replay(
         "" if wanted.dry_run else saved.run,
         resumed,
         tuple(run.sample),
+        max((place.last for place in saved.places.values()), key=order, default=""),
     )
 
 
@@ -157,7 +160,9 @@ class _Run:
         self._throttle = throttle
         self._file = file
         self._saved = saved
-        self.counts = msgspec.structs.replace(saved.counts)  # what is held is not in the file
+        self._before = saved.counts.replayed
+        # What is held is not in the file. A dry run counts what is left.
+        self.counts = Counts() if wanted.dry_run else msgspec.structs.replace(saved.counts)
         self._batch: dict[str, list[RawEntry]] = {}
         self._held = self._held_bytes = 0
         self._seen: dict[str, bytes] = {}  # stream -> what was read of it, to be noted when done
@@ -279,7 +284,7 @@ class _Run:
         limit, done = self._wanted.limit, self.counts.replayed
         if limit is None:
             return float("inf")
-        return limit - (self.counts.matched if self._wanted.dry_run else done)
+        return limit - (self._before + self.counts.matched if self._wanted.dry_run else done)
 
     def _takes(self, stream: str, entry: RawEntry) -> bool:
         """Return whether an entry is asked for; what is no event, or not readable, is told."""

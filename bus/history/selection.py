@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from bus.envelope import Envelope
 from bus.errors import DeclarationError, Undecodable
-from bus.event import Event, info_of, type_matches
+from bus.event import Event, pattern_of, type_matches
 from bus.streams.answers import RawEntry
 from bus.streams.codec import locate
 
@@ -27,7 +27,7 @@ class Selection:
     def __init__(self, types: Types, key: str | None, where: Predicate | None) -> None:
         if isinstance(types, str | type):
             types = (types,)
-        self.patterns = None if types is None else sorted({_pattern(t) for t in types})
+        self.patterns = None if types is None else sorted({pattern_of(t) for t in types})
         if key is not None and not isinstance(key, str):
             raise DeclarationError(f"key is the partition key as text, not {key!r}")
         self.key = key
@@ -95,13 +95,6 @@ def plain_answer(answer: T, name: str) -> T:
     raise DeclarationError(
         f"{name} gave a {type(answer).__name__}, to be awaited: it must be a plain function"
     )
-
-
-def _pattern(what: str | type[Event]) -> str:
-    if not isinstance(what, str):
-        return info_of(what).type
-    type_matches(what, "")  # raises for one that is none, before anything is read
-    return what
 
 
 def _partition_key(fields: list[bytes]) -> bytes | None:

@@ -35,12 +35,26 @@ class ConsumerSnapshot:
         the server heard of it within the last minute.
     pending: entries it was given and has not finished.
     idle_s: since the server last heard of it; Redis before 7.2 does not count reads in vain.
+    leased: whether it is of those that keep a lease while they live.
     """
 
     name: str
     alive: bool
     pending: int
     idle_s: float
+    leased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """Why nothing of a group starts: an operator said so. until: None for no end. why: his words.
+
+    since: when that was, None where it does not say; UTC, as `until`, by the server's clock.
+    """
+
+    since: datetime | None
+    until: datetime | None
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +73,11 @@ class GroupSnapshot:
         nothing is, or the entry of nothing that is exists any more.
     oldest_dead_age_s, newest_dead_age_s: since they died; None when there is none.
     served: whether a worker that lives says so, or a consumer of another language was heard of.
+    paused: by whom it was told to start nothing; None when it was not.
+    lag: what the server itself counts as undelivered, right or wrong; None where it does not know.
     consumers: by name, lanes not among them. lanes: the next due first.
+    workers: those that live and say that they serve it, and consumers of another language that were
+        heard of.
     """
 
     group: str
@@ -78,8 +96,11 @@ class GroupSnapshot:
     oldest_dead_age_s: float | None
     newest_dead_age_s: float | None
     served: bool
+    paused: Paused | None
+    lag: int | None
     consumers: tuple[ConsumerSnapshot, ...]
     lanes: tuple[LaneSnapshot, ...]
+    workers: int = 0
 
     @property
     def total(self) -> int:
@@ -97,6 +118,7 @@ class StreamSnapshot:
     """One partition.
 
     length, maxlen, keep, room: entries; room is what still fits below maxlen, 0 when full.
+    added: since the stream began; None where the server keeps no count (Redis 6.2).
     first_id, oldest_age_s: of its first entry; last_id, newest_age_s: of its last. None without.
     appends_per_s: since one of the snapshots before, 5 to 10 s ago where they are that frequent,
         else from when the newest 100 entries came.
@@ -107,11 +129,14 @@ class StreamSnapshot:
         comes.
     workers: those alive that keep a lease on it. dead: the dead letters of all its groups.
     error: what could not be looked at, and why; the rest is shown all the same. None: nothing.
+    generated_id: the last id that an entry ever had here; the server chooses larger ones. None
+        where there is no stream.
     """
 
     stream: str
     partition: int
     length: int
+    added: int | None
     maxlen: int
     keep: int
     room: int
@@ -127,6 +152,7 @@ class StreamSnapshot:
     dead: int
     error: str | None
     groups: tuple[GroupSnapshot, ...]
+    generated_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +162,7 @@ class TopicSnapshot:
     maxlen, keep: entries per stream. retention_s: None for no limit. implicit: nobody declared it.
     groups: by name, each summed over the streams. Numbers are sums, "at least" if one of them is;
     ages are the largest, of the newest dead letter the smallest; served if served on every stream
-    that has the group; a consumer is alive if it is on one.
+    that has the group, by as many workers as are on each; a consumer is alive if it is on one.
     """
 
     name: str
@@ -191,7 +217,7 @@ class Snapshot:
     time: by the server's clock. What is not of one stream was looked at some milliseconds earlier
     or later, so that numbers agree with one another only as far as nothing moves.
     server: None when the user may not ask (INFO). topics: by name. errors: what is wrong with the
-    records of topics that are left out, since nobody can read them.
+    records of topics that are left out, since nobody can read them, or with the pauses.
     """
 
     time: datetime
@@ -242,8 +268,11 @@ def summed(parts: Sequence[GroupSnapshot]) -> GroupSnapshot:
         _largest(p.oldest_dead_age_s for p in parts),
         min(newest, default=None),
         all(p.served for p in parts),
+        next((p.paused for p in parts if p.paused), None),
+        None if any(p.lag is None for p in parts) else sum(p.lag or 0 for p in parts),
         tuple(consumers[name] for name in sorted(consumers)),
         tuple(LaneSnapshot(*lane) for lane in sorted(lanes.items())),
+        min(p.workers for p in parts),
     )
 
 
@@ -254,6 +283,7 @@ def _joined(one: ConsumerSnapshot, other: ConsumerSnapshot) -> ConsumerSnapshot:
         one.alive or other.alive,
         one.pending + other.pending,
         min(one.idle_s, other.idle_s),
+        one.leased or other.leased,
     )
 
 
@@ -329,8 +359,17 @@ def _row(group: GroupSnapshot) -> tuple[str, ...]:
         f"{group.inbox:,}",
         f"{group.dead:,}",
         "-" if oldest is None else duration(oldest),
-        "" if group.served else "not served",
+        _remark(group),
     )
+
+
+def _remark(group: GroupSnapshot) -> str:
+    """Return why a group does nothing, if it does nothing."""
+    said = [] if group.served else ["not served"]
+    if group.paused is not None:
+        until = group.paused.until
+        said.append("paused" if until is None else f"paused until {until:%Y-%m-%d %H:%M:%S}Z")
+    return ", ".join(said)
 
 
 def _remarks(stream: StreamSnapshot) -> list[str]:

@@ -6,7 +6,7 @@ Bodies hold up neither verdicts nor publishes there. Errors of all of them as of
 import re
 from collections.abc import Iterable, Sequence
 
-from bus.config import PRODUCER_MEMORY_S
+from bus.config import PRODUCER_MEMORY_S, READ_BYTES
 from bus.streams import keys
 from bus.streams.answers import Copied, RawEntry, Returned
 from bus.streams.connection import Arg, Connection, Server
@@ -14,7 +14,7 @@ from bus.streams.replies import Reply, ReplyError
 from bus.streams.script import Script
 from bus.telemetry import Telemetry
 
-_replay, _redrive = Script("replay"), Script("redrive")
+_replay, _redrive, _lags = Script("replay"), Script("redrive"), Script("lags")
 
 
 class Archive:
@@ -44,6 +44,23 @@ class Archive:
     async def look(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
         """Send commands that only read, in one write; errors are among the replies."""
         return await self._connection.pipeline(commands)
+
+    async def lags(
+        self, stream: str, groups: Sequence[str], most: int
+    ) -> dict[str, tuple[int, int]]:
+        """Return per group what the server says it lags by, and how many entries lie before it.
+
+        Where that is more than `most`, it is how many there can be. Groups of which the server says
+        nothing, or that are gone, are left out. `lags.lua`: the newest `most` entries, or about
+        1 MiB of them, once for all groups.
+        """
+        args: list[Arg] = [most, READ_BYTES, *map(keys.wire, groups)]
+        try:
+            rows = await _lags.run(self._connection, (stream,), args)
+        except ReplyError as error:
+            raise error.explained(stream) from None
+        said = zip(groups, rows, strict=True)
+        return {g: (row[0], row[1]) for g, row in said if row and row[0] >= 0}
 
     # --- replaying
 

@@ -1,13 +1,15 @@
 """One connection, pipelined.
 
 redis-py connects, authenticates and does TLS; packing, reading replies, retrying and timeouts are
-ours, because its defaults re-send writes and time out blocking reads (docs/adr/0002).
+ours, because its defaults re-send writes and time out blocking reads (docs/adr/0002), and the hot
+path has no time for its streams (docs/adr/0018).
 
 `Server` is the seam: it says which connection serves. Its one implementation is
 `server.Standalone`; Sentinel and Cluster will be others.
 """
 
 import asyncio
+import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,8 +20,8 @@ from redis import exceptions as redis_errors
 from redis.asyncio.connection import AbstractConnection
 
 from bus.config import REPLY_TIMEOUT_S
-from bus.errors import BusClosed, BusError
-from bus.streams.replies import NOT_THE_PRIMARY, Reply, ReplyError
+from bus.errors import BusClosed, BusError, ServerUnreachable
+from bus.streams.replies import NOT_THE_PRIMARY, TRANSIENT, Reply, ReplyError
 from bus.telemetry import Telemetry
 
 Arg = bytes | str | int
@@ -54,12 +56,74 @@ class Server(Protocol):
         """Return a plain redis.asyncio client on a pool of its own."""
 
 
+class Answer(Protocol):
+    """Who is told the replies to a request: a future, or what takes them without another turn."""
+
+    def done(self) -> bool:
+        """Whether nobody wants to know any more."""
+
+    def set_result(self, result: list[Reply], /) -> None:
+        """Take the replies. Raises nothing."""
+
+    def set_exception(self, exception: BusError, /) -> None:
+        """Take why there are none. Raises nothing."""
+
+    def exception(self) -> object:
+        """Return what was taken; asked, so that nobody complains that nobody did."""
+
+
 @dataclass(slots=True, eq=False)
 class _Request:
     packed: bytes
     replies: int
-    future: "asyncio.Future[list[Reply]]"
+    future: Answer
     timeout_s: float
+
+
+class _Link(asyncio.Protocol):
+    """One transport, taken over from redis-py's connection once that has shaken hands.
+
+    Its own stream reader and writer cost two tasks, a wait for each reply and a copy of each (1.3 x
+    on reads, 3 x on single publishes, docs/adr/0018).
+    """
+
+    def __init__(self, raw: AbstractConnection, owner: "Connection") -> None:
+        # Its own end would close the transport, and so would its writer's.
+        reader, self._writer = raw._reader, raw._writer  # noqa: SLF001 - no other way
+        raw._reader = raw._writer = None  # noqa: SLF001 - as above
+        assert reader is not None
+        assert self._writer is not None
+        self.transport: asyncio.WriteTransport = self._writer.transport
+        # What has come already, a refusal perhaps, came before anything was asked.
+        self.lost = self.transport.is_closing() or reader.at_eof() or bool(reader._buffer)  # type: ignore[attr-defined] # noqa: SLF001
+        self.reader = hiredis.Reader(replyError=_reply_error, notEnoughData=_NOT_YET)
+        self._owner = owner
+        self._poll = select.poll()
+        self._poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self.transport.set_protocol(self)
+
+    def has_something_to_read(self) -> bool:
+        """Whether the socket is readable: closed, or something that nobody has asked for."""
+        return bool(self._poll.poll(0))
+
+    def data_received(self, data: bytes) -> None:
+        """Hand replies to their callers."""
+        self._owner.received(self, data)
+
+    def eof_received(self) -> None:
+        """Note that the server has closed it."""
+        self.connection_lost(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Note that it has ended."""
+        if not self.lost:
+            self.lost = True
+            self._owner.ended(self, exc)
+
+    def drop(self) -> None:
+        """Close it at once."""
+        self.lost = True
+        self.transport.abort()
 
 
 class Connection:
@@ -74,11 +138,19 @@ class Connection:
         self._server = server
         self._role = role
         self._telemetry = telemetry
-        self._raw: AbstractConnection | None = None
+        self._link: _Link | None = None
         self._queue: list[_Request] = []
-        self._pump: asyncio.Task[None] | None = None
+        self._flight: list[_Request] = []
+        self._answered = 0  # requests in flight that have all their replies
+        self._replies: list[Reply] = []  # of the first that has not
+        self._moved = False  # whether a reply said that this is not the primary
+        self._opening: asyncio.Task[None] | None = None
+        self._flushing = False  # whether a write is due in this turn of the loop
+        self._looked = False  # whether it is due because the socket was readable in the last one
+        self._timeout_s = 0.0
+        self._gives_up_at = 0.0  # loop time
+        self._watchdog: asyncio.TimerHandle | None = None
         self._closed = False
-        self._given_up = False  # whether the exchange under way was ended by the watchdog
         self._was_lost = False
         self.client_id: int | None = None  # the server's name for the connection, if it was asked
 
@@ -90,13 +162,30 @@ class Connection:
         Errors of the future: ConnectionLost, ServerUnreachable, AuthenticationFailed.
         """
         future: asyncio.Future[list[Reply]] = asyncio.get_running_loop().create_future()
-        if self._closed:
-            future.set_exception(BusClosed("the bus is closed"))
-            return future
-        self._queue.append(_Request(packed, replies, future, timeout_s))
-        if self._pump is None:
-            self._pump = asyncio.get_running_loop().create_task(self._run())
+        self.submit_for(future, packed, replies, timeout_s)
         return future
+
+    def submit_for(
+        self,
+        answer: Answer,
+        packed: bytes,
+        replies: int = 1,
+        timeout_s: float = REPLY_TIMEOUT_S,
+        *,
+        at_once: bool = False,
+    ) -> None:
+        """Do the same for whoever is to be told; `at_once`: nothing else comes in this turn."""
+        if self._closed:
+            answer.set_exception(BusClosed("the bus is closed"))
+            return
+        self._queue.append(_Request(packed, replies, answer, timeout_s))
+        if self._flushing or self._flight or self._opening:
+            return
+        if at_once:
+            self._flush()
+            return
+        self._flushing = True
+        asyncio.get_running_loop().call_soon(self._flush)
 
     async def call(self, *args: Arg, timeout_s: float = REPLY_TIMEOUT_S) -> Reply:
         """Send one command and return its reply. Errors: ReplyError, and those of `submit`."""
@@ -111,66 +200,138 @@ class Connection:
             return []
         return await self.submit(b"".join(pack(c) for c in commands), len(commands))
 
-    async def _run(self) -> None:
-        try:
-            while self._queue:
-                batch, self._queue = self._queue, []
-                await self._exchange(batch)
-        finally:
-            self._pump = None
+    # --- one exchange: a write, and the replies to it
 
-    async def _exchange(self, batch: list[_Request]) -> None:  # noqa: C901, PLR0912 - one branch an end
-        sent = self._given_up = False
-        timeout_s = 0.0
-        watchdog: asyncio.TimerHandle | None = None
+    def _flush(self) -> None:
+        """Write what is queued; first connect if there is no connection."""
+        self._flushing = False
+        if not self._queue or self._flight or self._opening:
+            return
+        loop = asyncio.get_running_loop()
+        link = self._link
+        if link is not None and not self._looked and link.has_something_to_read():
+            # The server has closed it meanwhile (or sent what nobody asked for): a command written
+            # to it now would leave its caller in doubt for nothing. The loop knows in a turn.
+            self._looked = self._flushing = True
+            loop.call_soon(self._flush)
+            return
+        self._looked = False
+        batch, self._queue = self._queue, []
+        if link is None:
+            self._opening = loop.create_task(self._open(batch))
+        else:
+            self._write(link, batch)
+
+    async def _open(self, batch: list[_Request]) -> None:
+        """Connect, and write what was queued when that was found to be necessary."""
+        self.client_id = None
+        error: BusError
         try:
-            raw = self._raw
-            if raw is not None and raw.is_connected and await raw.can_read():
-                # The server has closed it meanwhile (or sent what nobody asked for): a command
-                # written to it now would leave its caller in doubt for nothing.
-                await raw.disconnect(nowait=True)
-            if raw is None or not raw.is_connected:
-                self.client_id = None
-                raw = self._raw = await self._server.open()
-                if self._was_lost:
-                    self._was_lost = False
-                    self._telemetry.emit("connection.restored", role=self._role)
-            timeout_s = max(r.timeout_s for r in batch)
-            watchdog = asyncio.get_running_loop().call_later(timeout_s, self._give_up, raw)
-            sent = True
-            await raw.send_packed_command([r.packed for r in batch], check_health=False)
-            moved = False
-            for request in batch:
-                replies = [await _reply(raw) for _ in range(request.replies)]
-                moved = moved or any(
-                    isinstance(r, ReplyError) and r.code in NOT_THE_PRIMARY for r in replies
-                )
+            link = await self._connected()
+        except asyncio.CancelledError:
+            self._fail(batch, ConnectionLost("the bus is closing", sent=False), quiet=True)
+            raise
+        except Exception as failed:
+            error = failed if isinstance(failed, BusError) else _lost(failed, sent=False)
+            self._opening = None
+            self._fail(batch, error)
+            self._go_on()
+            return
+        self._link, self._opening = link, None
+        if self._was_lost:
+            self._was_lost = False
+            self._telemetry.emit("connection.restored", role=self._role)
+        self._write(link, batch)
+
+    async def _connected(self) -> _Link:
+        link = _Link(await self._server.open(), self)
+        if link.lost:
+            link.drop()
+            raise _lost(None, sent=False)
+        return link
+
+    def _write(self, link: _Link, batch: list[_Request]) -> None:
+        self._flight = batch
+        self._answered = 0
+        if len(batch) == 1:
+            self._timeout_s = batch[0].timeout_s
+            packed = batch[0].packed
+        else:
+            self._timeout_s = max(r.timeout_s for r in batch)
+            packed = b"".join([r.packed for r in batch])
+        loop = asyncio.get_running_loop()
+        self._gives_up_at = loop.time() + self._timeout_s
+        if self._watchdog is None or self._watchdog.when() > self._gives_up_at:
+            self._watch(loop)
+        try:
+            link.transport.write(packed)
+        except Exception as error:  # uvloop raises RuntimeError for a transport that was closed
+            self.ended(link, error)
+
+    def received(self, link: _Link, data: bytes) -> None:
+        """Take in what came; give whoever has all his replies what he waits for."""
+        if link is not self._link:
+            return
+        reader, flight, replies = link.reader, self._flight, self._replies
+        reader.feed(data)
+        try:
+            while (reply := reader.gets()) is not _NOT_YET:
+                if reply.__class__ is ReplyError:
+                    self._look_at(reply)
+                replies.append(reply)
+                request = flight[self._answered]
+                if len(replies) < request.replies:
+                    continue
+                self._answered += 1
                 if not request.future.done():
                     request.future.set_result(replies)
-            if moved:  # the name may lead to another server by now
-                self._raw = self.client_id = None
-                await raw.disconnect(nowait=True)
-        except (TimeoutError, redis_errors.RedisError, OSError) as error:
-            why = f"connection lost: {reason_of(error)}"
-            if self._given_up:
-                why = f"no answer within {timeout_s:g} s"
-            self._fail(batch, ConnectionLost(why, sent=sent))
-        except BusError as error:
-            self._fail(batch, error)
-        except Exception as error:  # uvloop raises RuntimeError for a transport that was closed
-            name = type(error).__name__
-            self._fail(batch, ConnectionLost(f"connection lost: {name}: {error}", sent=sent))
-        except asyncio.CancelledError:
-            self._fail(batch, ConnectionLost("the bus is closing", sent=sent), quiet=True)
-            raise
-        finally:
-            if watchdog is not None:
-                watchdog.cancel()
+                replies = self._replies = []
+                if self._answered == len(flight):
+                    self._flight = flight = []
+                    self._answered = 0
+        except Exception as error:  # no protocol that we know, or a reply that nobody asked for
+            self.ended(link, error)
+            return
+        if not flight:
+            if self._moved:  # the name may lead to another server by now
+                self._forget_link()
+            self._go_on()
+
+    def _look_at(self, error: ReplyError) -> None:
+        """See whether an error is about the connection itself."""
+        if _NO_CONNECTION in error.text:
+            raise ConnectionRefusedError(error.text)
+        self._moved = self._moved or error.code in NOT_THE_PRIMARY
+
+    def _go_on(self) -> None:
+        """Write what was queued meanwhile, after whoever was told something has had his turn."""
+        if self._queue and not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    # --- its end
+
+    def ended(self, link: _Link, error: Exception | None) -> None:
+        """Note that a connection has ended, with `error` or because the server closed it."""
+        if link is not self._link:
+            return
+        batch, idle = self._flight[self._answered :], not self._flight
+        self._flight = []
+        if idle:  # the next request makes another, and there is nothing to tell
+            self._forget_link()
+            return
+        self._fail(batch, _lost(error, sent=True))
+        self._go_on()
+
+    def _forget_link(self) -> None:
+        if self._link is not None:
+            self._link.drop()
+        self._link = self.client_id = None
+        self._answered, self._replies, self._moved = 0, [], False
 
     def _fail(self, batch: list[_Request], error: BusError, *, quiet: bool = False) -> None:
-        if self._raw is not None:
-            _drop(self._raw)
-            self._raw = self.client_id = None
+        if self._link is not None:
+            self._forget_link()
             self._was_lost = True
             if not quiet and not self._closed:
                 self._telemetry.emit(
@@ -185,25 +346,56 @@ class Connection:
                 # A caller that was cancelled never looks; that is no "exception never retrieved".
                 request.future.exception()
 
-    def _give_up(self, raw: AbstractConnection) -> None:
-        """End a hung exchange: the read in progress fails within a millisecond."""
-        self._given_up = True
-        _drop(raw)
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Look when the time of this exchange is up; one timer serves many exchanges."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        self._watchdog = loop.call_at(self._gives_up_at, self._look)
+
+    def _look(self) -> None:
+        """End a hung exchange."""
+        self._watchdog = None
+        if not self._flight:
+            return
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._gives_up_at:
+            self._watch(loop)
+            return
+        batch, self._flight = self._flight[self._answered :], []
+        self._fail(batch, ConnectionLost(f"no answer within {self._timeout_s:g} s", sent=True))
+        self._go_on()
 
     async def close(self) -> None:
         """Close the connection; what is in flight fails with ConnectionLost."""
         self._closed = True
-        if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.gather(self._pump, return_exceptions=True)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.gather(self._opening, return_exceptions=True)
+        batch, self._flight = self._flight[self._answered :], []
         queued, self._queue = self._queue, []
+        self._fail(batch, ConnectionLost("the bus is closing", sent=True), quiet=True)
         self._fail(queued, ConnectionLost("the bus is closed", sent=False), quiet=True)
-        raw, self._raw = self._raw, None
-        if raw is not None:
-            await raw.disconnect(nowait=True)
+        self._forget_link()
 
 
-async def _reply(raw: AbstractConnection) -> Reply:
+_NOT_YET = object()
+_NO_CONNECTION = "max number of clients reached"  # the answer to a connection, not to a command
+
+
+def _lost(error: Exception | None, *, sent: bool) -> ConnectionLost:
+    why = reason_of(error) if error is not None else "Connection closed by server."
+    if error is not None and not isinstance(error, OSError):
+        why = f"{type(error).__name__}: {why}"
+    return ConnectionLost(f"connection lost: {why}", sent=sent)
+
+
+def _reply_error(text: str) -> ReplyError:
+    return ReplyError.of(Exception(text))
+
+
+async def next_reply(raw: AbstractConnection) -> Reply:
     """Read one reply; a server's error is a value, a broken connection an exception."""
     try:
         return await raw.read_response(disconnect_on_error=False)
@@ -215,14 +407,11 @@ async def _reply(raw: AbstractConnection) -> Reply:
         return ReplyError.of(error)
 
 
-_dropping: set["asyncio.Task[None]"] = set()
-
-
-def _drop(raw: AbstractConnection) -> None:
-    """Close a connection from a callback; a read waiting on it ends."""
-    task = asyncio.get_running_loop().create_task(raw.disconnect(nowait=True))
-    _dropping.add(task)  # the loop keeps weak references only
-    task.add_done_callback(_dropping.discard)
+def is_transient(error: BaseException) -> bool:
+    """Return whether the same thing may work later, unchanged."""
+    if isinstance(error, ReplyError):
+        return error.code in TRANSIENT
+    return isinstance(error, ConnectionLost | ServerUnreachable)
 
 
 def reason_of(error: BaseException) -> str:

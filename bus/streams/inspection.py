@@ -7,7 +7,9 @@ up neither verdicts nor publishes.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from bus.config import FIRST_PAGE, READ_BYTES
 from bus.streams import keys
+from bus.streams.answers import RawEntry
 from bus.streams.connection import Arg
 from bus.streams.replies import Reply, ReplyError, row_of
 from bus.streams.stream import StreamStore
@@ -16,7 +18,8 @@ LOOKED_AHEAD = 100  # undelivered entries per group that are looked at, whatever
 NEWEST = 100  # newest entries whose ids tell how fast a stream grows
 RECENT_MS = 600_000  # a stream that got nothing for so long is not growing
 GHOSTS = 10  # pending ids without entry that are passed over when looking for the oldest with one
-PAGE = 1_000  # entries a counting XRANGE returns at most, so that memory stays flat
+PAGE = 1_000  # entries a counting XRANGE returns at most...
+PAGE_BYTES = READ_BYTES  # ...and about so many bytes: bodies come along, and memory stays flat
 
 
 class GroupSeen(NamedTuple):
@@ -85,15 +88,23 @@ async def look(store: StreamStore, streams: Sequence[str]) -> list[StreamSeen]:
 
 async def count(store: StreamStore, stream: str, first: str, last: str, most: int) -> int:
     """Count the entries from `first` to `last`, up to `most`. XRANGE, 1,000 entries a page."""
-    counted = 0
+    counted, share = 0, FIRST_PAGE
     while counted < most:
-        asked = min(PAGE, most - counted)
+        asked = min(share, most - counted)
         page = await store.archive.range(stream, first, last, asked)
         counted += len(page)
         if len(page) < asked:
             break
         first = "(" + page[-1][0].decode()
+        share = next_share(page)
     return counted
+
+
+def next_share(page: Sequence[RawEntry]) -> int:
+    """Return how many entries to ask for next, when a page is only counted."""
+    some = page[::8]
+    entry_bytes = sum(sum(map(len, fields)) for _, fields in some) // len(some) + 64
+    return max(1, min(PAGE, PAGE_BYTES // entry_bytes))
 
 
 async def _outlines(

@@ -1,6 +1,7 @@
 """Every Redis key and consumer name the bus makes. No other file builds one.
 
     bus:topics                          hash: topic -> JSON of what was recorded
+    bus:paused                          hash: topic:group -> JSON of until when, and why
     bus:{document:0}                    stream: partition 0 of topic `document`
     bus:{document:0}:dead:<group>       stream: the group's dead letters
     bus:{document:0}:inbox:<group>      stream: entries for that one group, deleted when acked
@@ -15,6 +16,7 @@
                                         it may be; run: of a replay or redrive, else empty
     bus:{document:0}:replay:<run>       string, expires: how far a replay of it has come
     bus:{document:0}:redrive:<run>      string, expires: the last call of a redrive, and its answer
+    bus:channel:{run-42}                stream, expires: the channel `run-42`
     bus:tx:<publisher>:<n>              string, expires: its last transaction but those under way;
                                         on a Cluster `bus:{<tag>}:tx:...`, beside what it touches
 
@@ -31,6 +33,7 @@ from redis.crc import key_slot
 
 OWN = "bus:"  # how every key of the bus begins, and no other should
 TOPICS = "bus:topics"
+PAUSED = "bus:paused"
 PROBE = "bus:probe"
 LANE = b"parked:"
 _MOST_DIGITS = 15  # of a time in ms; the year 33658
@@ -131,6 +134,11 @@ def redrive(stream_key: str, run: str) -> str:
     return f"{home(stream_key)}:redrive:{run}"
 
 
+def channel(name: str) -> str:
+    """Return the key of a channel. It belongs to no topic, and has no others beside it."""
+    return f"bus:channel:{{{name}}}"
+
+
 def transaction(publisher: str, ticket: int, tag: str | None) -> str:
     """Return the key under which the server remembers a transaction.
 
@@ -167,6 +175,10 @@ def text(group: bytes) -> str:
 def partition_of(key: str, partitions: int) -> int:
     """Return the partition of `key`: CRC32 of its UTF-8, the same in every process and language."""
     return crc32(key.encode()) % partitions if partitions > 1 else 0
+
+
+# Where commit.lua leaves what had a part of its effects, if it cannot be made a dead letter.
+HALF_DONE = b"parked:999999999999999"
 
 
 def lane_due_ms(consumer: bytes) -> int | None:

@@ -118,6 +118,9 @@ class Leases:
         exists = await self._commands.pipeline(
             [("EXISTS", keys.lease(stream, name)) for name in listed]
         )
+        for reply in exists:
+            if isinstance(reply, ReplyError):
+                raise reply
         alive = frozenset(n for n, e in zip(listed, exists, strict=True) if e != 0)
         now_ms = int(time[0]) * 1000 + int(time[1]) // 1000
         return Survey(now_ms, frozenset(listed), alive, found)

@@ -5,12 +5,47 @@ from typing import NamedTuple
 import msgspec
 
 from bus.errors import Undecodable
+from bus.streams.connection import Arg
 
 _ALWAYS = frozenset(
     [b"deadreason", b"deaderror", b"deadtraceback", b"deadattempts", b"deadentry", b"deadtime"]
 )
 _APPENDED = _ALWAYS | {b"deadapplied"}
 _PACKED = b"deadfields"
+
+
+_MOST_VALUES = 2_000  # field names and values of one entry that stay what they are
+
+
+def closed(
+    fields: list[bytes], *, reason: str, error: str, traceback: str, attempts: int, origin: bytes
+) -> list[Arg]:
+    """Return the fields of a dead letter: those of the entry, then why it died.
+
+    An entry of more fields than a script can pass on in one call (about 8,000 values) keeps them
+    in one field, `deadfields`, as a msgpack array. The script adds when that was.
+    origin: the entry id it had in its stream.
+    """
+    return [
+        *packed(fields),
+        "deadreason",
+        reason,
+        "deaderror",
+        error.encode("utf-8", "replace"),
+        "deadtraceback",
+        traceback.encode("utf-8", "replace"),
+        "deadattempts",
+        str(attempts),
+        "deadentry",
+        origin,
+    ]
+
+
+def packed(fields: list[bytes]) -> list[bytes]:
+    """Return fields as they stand in a dead letter: very many of them in one."""
+    if len(fields) > _MOST_VALUES:
+        return [_PACKED, msgspec.msgpack.encode(fields)]
+    return fields
 
 
 class Opened(NamedTuple):

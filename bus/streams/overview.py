@@ -27,6 +27,7 @@ from bus.streams.answers import Consumer
 from bus.streams.connection import Arg
 from bus.streams.inspection import NEWEST, RECENT_MS, beside, shown
 from bus.streams.lag import Id, undelivered_of
+from bus.streams.pauses import Pause, Place, pauses_of
 from bus.streams.replies import TRANSIENT, Reply, ReplyError, row_of
 from bus.streams.stream import StreamStore
 
@@ -37,7 +38,12 @@ NEWEST_BYTES = 64 * 1024  # so much tells how fast a stream grows, where no coun
 
 Command = tuple[Arg, ...]
 Row = dict[str, Any]
-_SERVER: tuple[Command, ...] = (("TIME",), ("INFO", "server"), ("INFO", "memory"))
+_SERVER: tuple[Command, ...] = (
+    ("TIME",),
+    ("HGETALL", keys.PAUSED),
+    ("INFO", "server"),
+    ("INFO", "memory"),
+)
 
 
 class GroupLook(NamedTuple):
@@ -81,24 +87,48 @@ class StreamLook(NamedTuple):
     hidden: bool
 
 
-async def server_look(store: StreamStore) -> tuple[int, dict[str, str]]:
-    """Return the server's time in ms and what it says of itself and its memory.
+class ServerLook(NamedTuple):
+    """The server as a whole.
 
-    TIME and two sections of INFO, one write. Nothing is said where the user may not ask.
+    facts: names and values of INFO. pauses: of all groups. errors: why they cannot be told.
     """
-    time, *sections = await store.archive.look(_SERVER)
+
+    now_ms: int
+    facts: dict[str, str]
+    pauses: dict[Place, Pause]
+    errors: tuple[str, ...]
+
+
+async def server_look(store: StreamStore) -> ServerLook:
+    """Return the server's time, what it says of itself and its memory, and who is paused.
+
+    TIME, HGETALL and two sections of INFO, one write. Nothing is said, and nobody is paused, where
+    the user may not ask.
+    """
+    time, paused, *sections = await store.archive.look(_SERVER)
     if isinstance(time, ReplyError):
         raise time.explained("TIME")
+    errors: tuple[str, ...] = ()
+    if isinstance(paused, ReplyError):
+        if paused.code == "WRONGTYPE":  # it hides nothing else
+            errors = (str(paused.explained(keys.PAUSED)),)
+        elif paused.code != "NOPERM":
+            raise paused.explained(keys.PAUSED)
+        paused = ()
     facts: dict[str, str] = {}
     for section in sections:
         if not isinstance(section, ReplyError):
-            lines = bytes(section).decode(errors="replace").splitlines()
-            facts.update(
-                (n, value) for n, colon, value in (x.partition(":") for x in lines) if colon
-            )
+            facts |= facts_of(section)
         elif section.code != "NOPERM":
             raise section
-    return int(time[0]) * 1000 + int(time[1]) // 1000, facts
+    now_ms = int(time[0]) * 1000 + int(time[1]) // 1000
+    return ServerLook(now_ms, facts, pauses_of(paused), errors)
+
+
+def facts_of(section: bytes) -> dict[str, str]:
+    """Return the names and values of a reply to INFO."""
+    lines = section.decode(errors="replace").splitlines()
+    return {name: value for name, colon, value in (x.partition(":") for x in lines) if colon}
 
 
 async def overview(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bus.streams import keys
-from bus.streams.answers import Committed, Fate, Pinned, Taken
-from bus.streams.replies import Reply
+from bus.streams.answers import Appended, Committed, Fate, Pinned, Room, Taken
+from bus.streams.replies import Reply, ReplyError
 
 
 def pinned(reply: Reply) -> Pinned | None:
@@ -27,6 +27,20 @@ def by_group(flat: Sequence[bytes]) -> dict[str, list[str]]:
 def counts(flat: Sequence[Any]) -> dict[str, int]:
     """Return {group: number} of a flat list of pairs."""
     return {keys.text(g): n for g, n in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def appended(replies: list[Reply]) -> Appended:
+    """Return what `StreamStore.append_soon` was answered. Errors: ReplyError."""
+    (reply,) = replies
+    if isinstance(reply, ReplyError):
+        raise reply
+    first, added, taken, repeated, left, *looked = reply
+    ms, _, low = first.decode().partition("-")
+    if not looked:
+        return Appended(ms, int(low or 0), added, taken, bool(repeated), Room(left, None, {}), {})
+    who, lost, dropped = looked
+    room = Room(left, pinned(who), by_group(lost))
+    return Appended(ms, int(low or 0), added, taken, bool(repeated), room, counts(dropped))
 
 
 DONE, _REFUSED = Committed(Fate.DONE), Committed(Fate.REFUSED)

@@ -137,7 +137,7 @@ class TopicTable:
         """Return what holds for a topic without recording anything. HGET."""
         standing = await self._store.topic_record(name)
         if standing:
-            return _parsed(name, standing)
+            return parsed(name, standing)
         declared = self._declared.get(name)
         return Record.of(declared) if declared else Record(1, implicit=True)
 
@@ -154,7 +154,7 @@ class TopicTable:
         wrong = []
         for name, standing in (await self._store.topic_records()).items():
             try:
-                found[checked_name(name, "topic name")] = _parsed(name, standing)
+                found[checked_name(name, "topic name")] = parsed(name, standing)
             except DeclarationError as error:
                 found.pop(name, None)
                 wrong.append(str(error))
@@ -168,7 +168,7 @@ class TopicTable:
         """
         standing = await self._store.topic_record(checked_name(name, "topic name"))
         if standing:
-            return _parsed(name, standing)
+            return parsed(name, standing)
         if name in self._declared:
             return Record.of(self._declared[name])
         if name not in {info.topic for info in known_events()}:
@@ -226,7 +226,7 @@ class TopicTable:
         """
         if not standing:
             return None
-        recorded, ours = _parsed(name, standing), self._ours(name)
+        recorded, ours = parsed(name, standing), self._ours(name)
         if ours is None:
             return recorded
         if recorded.partitions == ours.partitions:
@@ -285,7 +285,8 @@ def _no_such_topic(name: str, there: list[str]) -> str:
     )
 
 
-def _parsed(name: str, value: bytes) -> Record:
+def parsed(name: str, value: bytes) -> Record:
+    """Return a record as it is written in `bus:topics`. Errors: DeclarationError."""
     try:
         return msgspec.json.decode(value, type=Record)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -16,10 +16,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from bus.delivery import ACK, HAND_BACK, DeadLetter, Delivery, Verdict
+from bus.delivery import HAND_BACK, NOT_DECODED, DeadLetter, Delivery, Verdict
 from bus.handler import Handler
 from bus.worker.consumer import Consumer
-from bus.worker.executor import BatchEnd, Slot, absorb_cancellation
+from bus.worker.executor import BatchEnd, Slot, absorb_cancellation, succeeded
 
 _EARLY_S = 0.0005  # uvloop's timers count whole milliseconds
 
@@ -134,18 +134,21 @@ class BatchConsumer(Consumer):
         batch: list[Delivery[Any]] = []
         aside: list[Delivery[Any]] = []  # those that come first when the next slot looks
         again = False
+        triage, is_open = self.executor.triage, self._circuit.is_open
         while buffer and len(batch) < self._most:
             delivery = buffer.popleft()
-            if not batch and not aside and (self._circuit.is_open or _goes_alone(delivery)):
+            alone = delivery.reclaimed or delivery.condemned is not None
+            if not batch and not aside and (alone or is_open):
                 return [delivery]
             if now - delivery.checked_at > self._unchecked_s:
                 aside.append(delivery)
                 again = True
                 break
-            if _goes_alone(delivery):
+            if alone:
                 aside.append(delivery)
                 continue
-            verdict = self._triage(delivery)
+            # What was looked at before, and put back, is not looked at again.
+            verdict = triage(delivery) if delivery.event is NOT_DECODED else None
             if verdict is None:
                 batch.append(delivery)
             elif isinstance(verdict, DeadLetter):
@@ -169,7 +172,7 @@ class BatchConsumer(Consumer):
 
     def _triage(self, delivery: Delivery[Any]) -> Verdict | None:
         """Triage as the executor does, unless that was done when it was looked at before."""
-        return None if hasattr(delivery, "event") else self._executor.triage(delivery)
+        return self.executor.triage(delivery) if delivery.event is NOT_DECODED else None
 
     # --- the call
 
@@ -193,7 +196,7 @@ class BatchConsumer(Consumer):
         if not await self._admitted(slot, [delivery]):
             return None
         end = await self._call(slot, [delivery], now)
-        return end.succeeded[0][1] if end.succeeded else end.verdict_on(delivery)
+        return succeeded(delivery) if end.succeeded else end.verdict_on(delivery)
 
     async def _admitted(
         self, slot: Slot, batch: Sequence[Delivery[Any]]
@@ -204,7 +207,7 @@ class BatchConsumer(Consumer):
     async def _call(self, slot: Slot, batch: Sequence[Delivery[Any]], now: float) -> BatchEnd:
         slot.delivery = batch[0]
         slot.started_at = now
-        end = await self._executor.call_batch(slot, batch)
+        end = await self.executor.call_batch(slot, batch)
         slot.started_at = 0.0
         self._calls += 1
         if slot.task is not None and slot.task.cancelling():
@@ -212,19 +215,21 @@ class BatchConsumer(Consumer):
                 raise asyncio.CancelledError  # what is left in hand is the next worker's
             await absorb_cancellation(slot.task)
         # First, because the guard weighs the failures against them.
-        for delivery, verdict in end.succeeded:
-            self._succeed(delivery, verdict, now)
+        self._succeed(end.succeeded, now)
         await self._conclude(slot, end, now)
         return end
 
-    def _succeed(self, delivery: Delivery[Any], verdict: Verdict, now: float) -> None:
-        self.returned += 1
-        if verdict is ACK:
-            self._settler.ack(delivery)
-        else:
-            self._settler.settle(self.holding.of(delivery), delivery, verdict)
+    def _succeed(self, deliveries: Sequence[Delivery[Any]], now: float) -> None:
+        self.returned += len(deliveries)
+        plain = [d for d in deliveries if d.collected is None]
+        self._settler.ack_all(plain)
+        if len(plain) < len(deliveries):
+            for delivery in deliveries:
+                if delivery.collected is not None:
+                    self._settler.settle(self.holding.of(delivery), delivery, succeeded(delivery))
         if self._circuit.on_probation:
-            self._circuit.vouch(now, parked=delivery.parked)
+            for delivery in deliveries:
+                self._circuit.vouch(now, parked=delivery.parked)
 
     async def _conclude(self, slot: Slot, end: BatchEnd, now: float) -> None:
         """Settle what was not handled to its end: retries first, for dead letters may take long."""

@@ -24,6 +24,7 @@ from bus.handler import Handler
 from bus.streams.answers import RawEntry, Taken
 from bus.streams.codec import envelope_of
 from bus.streams.keys import home
+from bus.streams.reader import Reads
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.circuit import Circuit
@@ -60,6 +61,7 @@ class Consumer:
         bus: Publishes,
         telemetry: Telemetry,
         committer: Committer,
+        reader: Reads,
         *,
         concurrency: int,
         lease_s: float,
@@ -80,13 +82,13 @@ class Consumer:
         self._unchecked_s = max(min(handler.visibility_s, lease_s) / 3, _SHORTEST_UNCHECKED_S)
         # What waits for its batch to be fuller does not wait for a slot.
         self._patience_s = WAITED_S + (handler.batch_wait_ms / 1000 if handler.batch else 0.0)
-        self._executor = Executor(handler)
+        self.executor = Executor(handler)
         self.holding = Holding(store, handler.group, name, telemetry)
         self.hands = self.holding.hands
         self._slots = Slots(self.group, concurrency, handler.timeout_s, telemetry)
         self._on_dead = OnDead(
             handler,
-            self._executor,
+            self.executor,
             self.holding,
             self._slots,
             bus,
@@ -135,18 +137,12 @@ class Consumer:
         )
         self._once: Once | None = None
         if handler.once:
-            self._once = Once(
-                store,
-                handler.once,
-                self._slots,
-                self._end,
-                self._not_started,
-                telemetry,
-                group=self.group,
-            )
+            told = (self._slots, self._end, self._not_started, telemetry)
+            self._once = Once(store, handler.once, *told, group=self.group)
         self._suspects = Suspects(store, name, self.holding, telemetry, self._outcome_unknown)
         self.intake = Intake(
             store,
+            reader,
             handler.group,
             name,
             self.hands,
@@ -201,6 +197,12 @@ class Consumer:
         self.holding.forget([*self.holding.buffer, *self.holding.suspects])
         return back
 
+    def give_up_paused(self) -> None:
+        """Give up what waits of streams that are paused, in the same way."""
+        self._hand_back(lambda d: self.holding.of(d).paused and d.condemned is None)
+        waiting = (*self.holding.buffer, *self.holding.suspects)
+        self.holding.forget([d for d in waiting if d.reclaimed and self.holding.of(d).paused])
+
     def quit(self) -> None:
         """Take nothing in any more, because a part of the worker broke."""
         self._retries.stop()
@@ -246,8 +248,8 @@ class Consumer:
         """Take entries read for the first time, behind what is there."""
         now = asyncio.get_running_loop().time()
         self._pace.measure(now, self._calls_so_far)
-        for delivery, park in self.holding.add_new(hand, entries, sent_at, now):
-            self._settler.settle(hand, delivery, park)
+        for delivery, verdict in self.holding.add_new(hand, entries, sent_at, now):
+            self._settler.settle(hand, delivery, verdict)
         self._came_in(len(entries))
 
     def deliver(
@@ -260,11 +262,11 @@ class Consumer:
         recovered: bool = False,
     ) -> int:
         """Take entries moved here by a script sent at `asked_at`, before the new ones."""
-        count, park_again = self.holding.add_taken(
+        count, again = self.holding.add_taken(
             hand, taken, asked_at, reclaimed=reclaimed, recovered=recovered
         )
-        for delivery, park in park_again:
-            self._settler.settle(hand, delivery, park)
+        for delivery, verdict in again:
+            self._settler.settle(hand, delivery, verdict)
         self._circuit.took(count)
         self._came_in(count)
         return count
@@ -320,7 +322,7 @@ class Consumer:
         """Judge one whose effects were refused before any took place, as if it had raised."""
         now = asyncio.get_running_loop().time()
         self.returned -= 1  # it seemed to have succeeded
-        verdict = self._executor.failed(delivery, failure)
+        verdict = self.executor.failed(delivery, failure)
         judged = self._guard.judge(delivery, verdict, now)
         if isinstance(judged, DeadLetter):
             delivery.condemned = judged  # a slot tells on_dead, and settles it
@@ -361,7 +363,7 @@ class Consumer:
         """Wait for the next turn; those who have not run in this one ask for it first."""
         if has_run:
             await self._slots.waited(slot, asyncio.sleep(0))
-        await self._slots.waited(slot, asyncio.shield(self._turn.next()))
+        await self._slots.waited(slot, self._turn.next())
 
     async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> Verdict | None:
         """Handle and settle one; return how the call ended, None if there was none."""
@@ -385,7 +387,7 @@ class Consumer:
             return None
         if not delivery.reclaimed:
             return await self._handle(slot, delivery, now)
-        crashed = self._executor.crashed(delivery)
+        crashed = self.executor.crashed(delivery)
         if crashed is not None:
             await self._settle(slot, delivery, crashed)
             return None
@@ -394,7 +396,7 @@ class Consumer:
 
     def _not_started(self, delivery: Delivery[Any]) -> None:
         """Put one back that was taken and could not start: it is looked at as any other."""
-        if self._stopping:
+        if self._stopping or self.holding.of(delivery).paused:
             self._settler.settle(self.holding.of(delivery), delivery, HAND_BACK)
         else:
             self.holding.buffer.appendleft(delivery)
@@ -406,7 +408,7 @@ class Consumer:
         now = asyncio.get_running_loop().time()
         stopped_for_long = now - delivery.checked_at > self._unchecked_s
         if stopped_for_long or (self._circuit.is_open and not probe):
-            self.holding.buffer.appendleft(delivery)  # as any other: asked for before it runs
+            self._not_started(delivery)
             return None
         verdict = await self._handle(slot, delivery, now)
         if verdict is None and not delivery.settled:

@@ -106,11 +106,11 @@ class Slot:
 class BatchEnd(NamedTuple):
     """How a call of a batch handler has ended.
 
-    succeeded: what was handled, with the verdicts. others: the rest; `verdict_on` says what becomes
+    succeeded: what was handled; see `succeeded`. others: the rest; `verdict_on` says what becomes
     of each, one by one, since describing thousands of failures takes a while.
     """
 
-    succeeded: Sequence[tuple[Delivery[Any], Verdict]]
+    succeeded: Sequence[Delivery[Any]]
     others: Sequence[Delivery[Any]]
     verdict_on: Callable[[Delivery[Any]], Verdict]
 
@@ -120,9 +120,16 @@ class Executor:
 
     def __init__(self, handler: Handler[...]) -> None:
         self._handler = handler
-        self._call = handler.call
+        self._call, self._takes_delivery = handler.call, handler.takes_delivery
         self._infos: dict[tuple[bytes | None, bytes | None], EventInfo | None] = {}
         self._plain: dict[bytes | None, Callable[[bytes], Event]] = {}  # version 1, JSON
+
+    def call_instead(self, call: Callable[..., Coroutine[Any, Any, Any]] | None) -> None:
+        """Call that in the handler's place, with (event, delivery) or a list; None for itself."""
+        if call is None:
+            self._call, self._takes_delivery = self._handler.call, self._handler.takes_delivery
+        else:
+            self._call, self._takes_delivery = call, True
 
     # --- before the handler
 
@@ -198,33 +205,37 @@ class Executor:
 
     # --- the handler
 
-    async def call(self, slot: Slot, delivery: Delivery[Any]) -> Verdict:
-        """Run the handler once and return what its outcome means.
+    def begin(self, slot: Slot, delivery: Delivery[Any]) -> "Verdict | Suspended":
+        """Run the handler until it ends, and return what that means, or until it first suspends.
 
         Runs in the slot's task, in a copy of its context: a handler that does not suspend costs
-        no task, and `asyncio.timeout` or a task group inside it touches this slot alone.
+        neither a task nor a coroutine of ours, and `asyncio.timeout` or a task group inside it
+        touches this slot alone.
         """
         current_delivery.set(delivery)
         context = copy_context()
         slot.cancel_reason = ""
         try:
-            if self._handler.takes_delivery:
+            if self._takes_delivery:
                 coroutine: Any = self._call(delivery.event, delivery)
             else:
                 coroutine = self._call(delivery.event)
             waiting_for = context.run(coroutine.send, None)
         except StopIteration:
-            return _succeeded(delivery)
+            return succeeded(delivery)
         except BaseException as error:
             return self._verdict_of(error, slot, delivery)
-        rest = _Resumed(coroutine, context, waiting_for)
+        return Suspended(coroutine, context, waiting_for)
+
+    async def finish(self, slot: Slot, delivery: Delivery[Any], rest: "Suspended") -> Verdict:
+        """Run what has suspended to its end; return what that means."""
         try:
             await rest
         except BaseException as error:
             if rest.closed:
                 raise
             return self._verdict_of(error, slot, delivery)
-        return _succeeded(delivery)
+        return succeeded(delivery)
 
     async def call_batch(self, slot: Slot, deliveries: Sequence[Delivery[Any]]) -> "BatchEnd":
         """Run a batch handler once for `deliveries` and return what its outcome means for each."""
@@ -248,7 +259,9 @@ class Executor:
 
         if error is not None:
             return BatchEnd([], deliveries, verdict_on)
-        succeeded = [(d, _succeeded(d)) for d in deliveries if d not in answers]
+        if not answers:
+            return BatchEnd(deliveries, [], verdict_on)
+        succeeded = [d for d in deliveries if d not in answers]
         return BatchEnd(succeeded, [d for d in deliveries if d in answers], verdict_on)
 
     async def call_on_dead(self, slot: Slot, told: DeadLettered, bus: Publishes) -> Failure | None:
@@ -261,13 +274,13 @@ class Executor:
         return None if error is None else failure_of(error, slot.cancel_reason or None)
 
     async def _end_of(self, slot: Slot, call: Callable[[], Any]) -> BaseException | None:
-        """Run what `call` returns as `call` does a handler; return what it raised, or None."""
+        """Run what `call` returns as a handler is run; return what it raised, or None."""
         context = copy_context()
         slot.cancel_reason = ""
-        rest: _Resumed | None = None
+        rest: Suspended | None = None
         try:
             coroutine = call()
-            rest = _Resumed(coroutine, context, context.run(coroutine.send, None))
+            rest = Suspended(coroutine, context, context.run(coroutine.send, None))
             await rest
         except StopIteration:
             return None
@@ -324,7 +337,7 @@ def _unasked(delivery: Delivery[Any], located: Located) -> Verdict:
     return DeadLetter("rejected", Failure("NotAskedFor", text))
 
 
-def _succeeded(delivery: Delivery[Any]) -> Verdict:
+def succeeded(delivery: Delivery[Any]) -> Verdict:
     """Return what a call that returned means for one delivery."""
     return COMMIT if delivery.collected else ACK
 
@@ -354,7 +367,7 @@ async def absorb_cancellation(task: SlotTask) -> None:
         await asyncio.sleep(0)
 
 
-class _Resumed:
+class Suspended:
     """Awaits the rest of a coroutine that has suspended once, inside its own context."""
 
     __slots__ = ("_context", "_coroutine", "_waiting_for", "closed")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bus.config import VERDICTS_PER_CALL
-from bus.delivery import DeadLetter, Delivery, HandBack, Origin, Park
+from bus.delivery import HAND_BACK, DeadLetter, Delivery, HandBack, Origin, Park
 from bus.errors import BusError
 from bus.shortage import tell_lost
 from bus.streams.answers import RawEntry, Taken
@@ -19,9 +19,11 @@ from bus.streams.replies import ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 
+Again = tuple[Delivery[Any], Park | HandBack]  # came in, and is not to start
 
-class Pause:
-    """The growing pause after failures of one kind of verdict; `until` is loop time."""
+
+class Cooldown:
+    """The growing wait after failures of one kind of verdict; `until` is loop time."""
 
     __slots__ = ("_failures", "until")
 
@@ -33,8 +35,8 @@ class Pause:
         """Note how an attempt ended: 20 ms after the first failure, doubling up to 2 s."""
         self._failures = 0 if ok else self._failures + 1
         if not ok:
-            pause_s = min(0.01 * 2 ** min(self._failures, 10), 2.0)
-            self.until = asyncio.get_running_loop().time() + pause_s
+            wait_s = min(0.01 * 2 ** min(self._failures, 10), 2.0)
+            self.until = asyncio.get_running_loop().time() + wait_s
 
 
 @dataclass(slots=True, eq=False)
@@ -47,10 +49,11 @@ class Hand(Origin):
         way; their bodies are gone already.
     commits, committing: deliveries with effects, waiting and on their way. commit_bytes: of the
         effects of both.
-    away: parks and dead letters that are on their way. acks_pause, ...: after the server refused
+    away: parks and dead letters that are on their way. acks_cooldown, ...: after the server refused
         some of that kind. singly: send dead letters one by one, since it refused one for what
         it is.
     unburied: ids that found the dead letters full, until they are buried: their on_dead was told.
+    paused: nothing of it is to start, see `pauses.py`.
     Nothing in any of them is taken up a second time by recovery or reclaim.
     """
 
@@ -64,12 +67,13 @@ class Hand(Origin):
     parks: list[tuple[Delivery[Any], Park | HandBack]] = field(default_factory=list)
     dead: list[tuple[Delivery[Any], DeadLetter]] = field(default_factory=list)
     away: int = 0
-    acks_pause: Pause = field(default_factory=Pause)
-    commits_pause: Pause = field(default_factory=Pause)
-    parks_pause: Pause = field(default_factory=Pause)
-    dead_pause: Pause = field(default_factory=Pause)
+    acks_cooldown: Cooldown = field(default_factory=Cooldown)
+    commits_cooldown: Cooldown = field(default_factory=Cooldown)
+    parks_cooldown: Cooldown = field(default_factory=Cooldown)
+    dead_cooldown: Cooldown = field(default_factory=Cooldown)
     singly: bool = False
     unburied: set[bytes] = field(default_factory=set)
+    paused: bool = False
 
     @property
     def is_inbox(self) -> bool:
@@ -129,8 +133,8 @@ class Holding:
 
     def add_new(
         self, hand: Hand, entries: Sequence[RawEntry], sent_at: float, now: float
-    ) -> list[tuple[Delivery[Any], Park]]:
-        """Put entries read for the first time behind what is there; return those to park again.
+    ) -> list[Again]:
+        """Put entries read for the first time behind what is there; return those to give up again.
 
         They are dated by when the read was sent: a process that was stopped meanwhile finds
         replies that are long stale.
@@ -138,19 +142,23 @@ class Holding:
         if hand.is_inbox:
             return self._add_moved(hand, entries, sent_at, now)
         held, append = hand.held, self.buffer.append
+        again: list[Again] = []
+        if hand.paused:  # since the read was sent
+            append = _handed_back_to(again)
         for entry_id, fields in entries:
             delivery: Delivery[Any] = Delivery(hand, entry_id, fields, 1, sent_at, now)
             # An id that is held already comes again when its group was lost and made again: it
             # runs, and its verdict will settle it.
             if held.setdefault(entry_id, delivery) is delivery:
                 append(delivery)
-        return []
+        return again
 
     def _add_moved(
         self, hand: Hand, entries: Sequence[RawEntry], sent_at: float, now: float
-    ) -> list[tuple[Delivery[Any], Park]]:
+    ) -> list[Again]:
         """Add entries of an inbox; what was parked before it came there is parked again."""
-        parked: list[tuple[Delivery[Any], Park]] = []
+        again: list[Again] = []
+        append = _handed_back_to(again) if hand.paused else self.buffer.append
         for entry_id, fields in entries:
             was = moved(entry_id, fields)
             delivery: Delivery[Any] = Delivery(
@@ -159,20 +167,20 @@ class Holding:
             if hand.held.setdefault(entry_id, delivery) is not delivery:
                 continue
             if was.due_ms:
-                parked.append((delivery, Park(0, until_ms=was.due_ms)))
+                again.append((delivery, Park(0, until_ms=was.due_ms)))
             else:
-                self.buffer.append(delivery)
-        return parked
+                append(delivery)
+        return again
 
     def add_taken(
         self, hand: Hand, taken: Taken, asked_at: float, *, reclaimed: bool, recovered: bool
-    ) -> tuple[int, list[tuple[Delivery[Any], Park]]]:
+    ) -> tuple[int, list[Again]]:
         """Put entries moved here by a script sent at `asked_at` first.
 
         reclaimed: from another worker. recovered: ours, and not seen yet. Returns how many came,
-        and those of them to park again.
+        and those of them to give up again.
         """
-        parked: list[tuple[Delivery[Any], Park]] = []
+        again: list[Again] = []
         now = asyncio.get_running_loop().time()
         known = set(hand.known)
         fresh = [e for e in taken.entries if e[0] not in known]
@@ -191,12 +199,17 @@ class Holding:
                 # One without attempts before may also come from its lane, with a count of 1 as
                 # well. At 2 it is known from then on, or it could kill workers for ever.
                 delivery.attempt = max(attempt, 2)
-                parked.append((delivery, Park(0, until_ms=due_ms)))
+                again.append((delivery, Park(0, until_ms=due_ms)))
+            elif hand.paused:
+                if reclaimed:  # left as it is, as in `give_up_paused`
+                    del hand.held[entry_id]
+                else:
+                    again.append((delivery, HAND_BACK))
             else:
                 self.buffer.appendleft(delivery)
         if taken.lost:
             tell_lost(self._telemetry, hand.stream, {hand.group: texts(taken.lost)})
-        return len(fresh), parked
+        return len(fresh), again
 
     # --- still ours?
 
@@ -302,6 +315,10 @@ def names_of(delivery: Delivery[Any]) -> dict[str, Any]:
         "event_type": (located.type or b"").decode(errors="replace")[:100],
         "attempt": delivery.attempt,
     }
+
+
+def _handed_back_to(again: list[Again]) -> Callable[[Delivery[Any]], None]:
+    return lambda delivery: again.append((delivery, HAND_BACK))
 
 
 def texts(ids: Sequence[bytes]) -> list[str]:

@@ -13,6 +13,7 @@ from bus.config import BLOCK_MS, READ_BYTES, READ_COUNT
 from bus.errors import BusError, ServerUnreachable
 from bus.streams.answers import RawEntry, Taken
 from bus.streams.connection import ConnectionLost
+from bus.streams.reader import Reads
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
@@ -38,11 +39,12 @@ class Basket(Protocol):
 
 
 class Intake:
-    """The read loop of one consumer over its own connection."""
+    """The read loop of one consumer."""
 
     def __init__(
         self,
         store: StreamStore,
+        reader: Reads,
         group: str,
         consumer: str,
         hands: dict[str, Hand],
@@ -52,7 +54,7 @@ class Intake:
         block_ms: int,
     ) -> None:
         self._store = store
-        self._reader = store.reader(group)
+        self._reader = reader
         self._group = group
         self._consumer = consumer
         self._hands = hands
@@ -61,6 +63,7 @@ class Intake:
         self._block_ms = min(BLOCK_MS, block_ms)
         self._entry_bytes = 512.0  # running mean
         self._stopping = asyncio.Event()
+        self.waits = False  # for room
         self._room: asyncio.Future[None] | None = None
         self._cursor = 0  # where the next look at a few streams begins
         self._listed: tuple[list[str], list[str]] | None = None  # streams, inboxes; None: look
@@ -71,15 +74,16 @@ class Intake:
         self.unseen = False  # the server may have delivered what we never saw
         self.broken: set[str] = set()  # streams whose key holds something else
 
-    @property
-    def waits(self) -> bool:
-        """Whether it waits for room."""
-        return self._room is not None
-
     def look_again(self) -> None:
         """Ask the basket again how much is wanted."""
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
+
+    async def list_anew(self) -> None:
+        """Read what is paused no more, from the next read on; a read that waits is ended."""
+        self._listed = None
+        self.look_again()
+        await self._reader.unblock()
 
     async def stop(self, task: "asyncio.Task[Any]") -> None:
         """Stop reading; `task` runs `run`.
@@ -135,8 +139,11 @@ class Intake:
             return
         if count <= 0 or not (streams or inboxes):
             self._room = asyncio.get_running_loop().create_future()
-            await self._room
-            self._room = None
+            self.waits = True
+            try:
+                await self._room
+            finally:
+                self.waits, self._room = False, None
             return
         block_ms = self._block_ms
         # An inbox is nearly always empty: it is listed, but gets a share of the count only when it
@@ -171,7 +178,7 @@ class Intake:
     def _sound(self) -> tuple[list[str], list[str]]:
         """Return the streams and the inboxes to read; listed anew when some were added or broke."""
         if self._listed is None or self._listed_of != len(self._hands):
-            hands = [h for s, h in self._hands.items() if s not in self.broken]
+            hands = [h for s, h in self._hands.items() if s not in self.broken and not h.paused]
             self._listed = (
                 [h.stream for h in hands if not h.is_inbox],
                 [h.stream for h in hands if h.is_inbox],

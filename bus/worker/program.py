@@ -194,6 +194,9 @@ async def supervise(  # noqa: C901 - the life of a process is told in one place
     return USAGE if USAGE in codes else max(abs(c) for c in codes)
 
 
-def child_command(script: str, arguments: Sequence[str]) -> list[str]:
-    """Return the command of one process: the same arguments with `--processes 1` behind them."""
-    return [sys.executable, script, *arguments, "--processes", "1"]
+def child_command(program: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Return the command of one process: the same arguments with `--processes 1` behind them.
+
+    program: what comes behind the interpreter.
+    """
+    return [sys.executable, *program, *arguments, "--processes", "1"]

@@ -151,7 +151,7 @@ class Reclaimer:
             by_home: dict[str, list[tuple[Consumer, Hand]]] = {}
             for consumer in room:
                 for hand in consumer.hands.values():
-                    if hand.stream not in consumer.intake.broken:
+                    if hand.stream not in consumer.intake.broken and not hand.paused:
                         by_home.setdefault(hand.home, []).append((consumer, hand))
             ours = sorted(await self._take_turns(list(by_home)))
             for stream in self._from_cursor(ours):

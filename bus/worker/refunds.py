@@ -17,7 +17,7 @@ from bus.shortage import tell_lost
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
-from bus.worker.hand import Hand, Pause, chunks, texts
+from bus.worker.hand import Cooldown, Hand, chunks, texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Refunds:
         self._telemetry = telemetry
         self._noted: deque[_Failed] = deque(maxlen=BREAKER_MEMORY)
         self._owed: dict[tuple[str, bytes], _Owed] = {}
-        self._pause = Pause()
+        self._cooldown = Cooldown()
         self._giving: asyncio.Task[None] | None = None
 
     def note(self, delivery: Delivery[Any], now: float, since: float) -> None:
@@ -73,7 +73,7 @@ class Refunds:
 
     def look_after(self, now: float) -> None:
         """Give back what can be by now, in a task of its own; called often."""
-        if self._owed and self._giving is None and now >= self._pause.until:
+        if self._owed and self._giving is None and now >= self._cooldown.until:
             self._giving = asyncio.get_running_loop().create_task(self._give())
 
     async def finish(self) -> None:
@@ -120,12 +120,12 @@ class Refunds:
                 error_type=type(error).__name__,
                 error=str(error),
             )
-            self._pause.after(ok=False)
+            self._cooldown.after(ok=False)
             if isinstance(error, ReplyError) and error.code not in TRANSIENT:
                 for entry_id, _, _ in part:  # the group is gone, or it is forbidden
                     self._owed.pop((hand.stream, entry_id), None)
             return
-        self._pause.after(ok=True)
+        self._cooldown.after(ok=True)
         self._tell(hand, [i for i, _, _ in part], done)
 
     def _tell(self, hand: Hand, ids: list[bytes], done: list[int]) -> None:

@@ -73,7 +73,7 @@ class PromptRetries:
     async def _take(self) -> None:
         try:
             while self._due and not self._stopped:
-                due, self._due = self._due, []
+                due, self._due = [d for d in self._due if not d[0].paused], []
                 due = due[: self._free()]
                 for hand in {id(h): h for h, _, _ in due}.values():
                     entries = [(lane, i) for h, lane, i in due if h is hand]

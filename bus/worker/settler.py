@@ -8,26 +8,25 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import msgspec
-
-from bus.config import DEAD_LETTERS_FULL_PARK_S, READ_COUNT
+from bus.config import DEAD_LETTERS_FULL_PARK_S, READ_COUNT, VERDICTS_PER_CALL
 from bus.delivery import SKIP, Ack, Commit, DeadLetter, Delivery, HandBack, Park, Verdict
 from bus.errors import BusError
 from bus.shortage import tell_lost
 from bus.streams.answers import Buried
 from bus.streams.codec import original_id, without_inbox_fields
 from bus.streams.connection import Arg, ConnectionLost
+from bus.streams.letters import closed
 from bus.streams.replies import TRANSIENT, ReplyError
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.commits import Commits, together
-from bus.worker.hand import Hand, Pause, chunks, names_of, texts
+from bus.worker.hand import Cooldown, Hand, chunks, names_of, texts
 
 BEHIND = 4 * READ_COUNT  # acks of one stream that wait for a slow server before reading stops
 _BEHIND_BYTES = 32 * 1024 * 1024  # effects that wait, likewise
-_MOST_VALUES = 2_000  # field names and values of one entry
 _BODIES_PER_CALL = 50  # dead letters carry their bodies...
 _BYTES_PER_CALL = 1024 * 1024  # ...and copying many large ones would keep the server from others
+_NAMED_SINGLY = 50  # of so few ids `ack.lua` names every one that it refuses
 _UNBURIED = 10_000  # ids without room that are remembered per stream; beyond it all are forgotten
 _NO_ROOM = Park(DEAD_LETTERS_FULL_PARK_S, reason="the dead letters are full")
 Parked = Callable[[Hand, bytes, bytes, float], None]
@@ -80,11 +79,28 @@ class Settler:
     def ack(self, delivery: Delivery[Any]) -> None:
         """Take the commonest verdict."""
         delivery.settled = True
-        delivery.close_effects()  # none were collected, and none can be any more
+        if delivery.collected is not None:  # none were collected, and none can be any more
+            delivery.close_effects()
         hand: Hand = delivery.origin  # type: ignore[assignment] # deliveries of a worker have one
-        hand.held.pop(delivery.entry_id, None)
-        hand.acks.append(delivery.entry_id)
-        self._loaded.add(hand)
+        entry_id, acks = delivery.entry_id, hand.acks
+        hand.held.pop(entry_id, None)
+        if not acks:  # else it is loaded, and somebody was woken for it
+            self._loaded.add(hand)
+            self._wake()
+        acks.append(entry_id)
+
+    def ack_all(self, deliveries: Sequence[Delivery[Any]]) -> None:
+        """Take the commonest verdict for many, none of which has asked for effects."""
+        hand: Hand | None = None
+        for delivery in deliveries:
+            if delivery.origin is not hand:
+                hand = delivery.origin  # type: ignore[assignment] # as in `ack`
+                assert hand is not None
+                self._loaded.add(hand)
+                forget, add = hand.held.pop, hand.acks.append
+            delivery.settled = True
+            forget(delivery.entry_id, None)
+            add(delivery.entry_id)
         self._wake()
 
     def settle(self, hand: Hand, delivery: Delivery[Any], verdict: Verdict) -> None:
@@ -124,15 +140,15 @@ class Settler:
                 return
 
     def _is_ready(self, hand: Hand, now: float) -> bool:
-        return any(verdicts and now >= pause.until for verdicts, pause in _kinds(hand))
+        return any(verdicts and now >= cooldown.until for verdicts, cooldown in _kinds(hand))
 
     async def _wait(self, now: float) -> None:
-        """Wait for a verdict, or for the end of a pause if there are verdicts already."""
+        """Wait for a verdict, or for the end of a cooldown if there are verdicts already."""
         self._wanted = asyncio.get_running_loop().create_future()
         timeout_s = None
         if self.has_work:
-            pauses = [p.until for h in self._loaded for _, p in _kinds(h)]
-            timeout_s = max(0.001, min((p - now for p in pauses if p > now), default=0.001))
+            ends = [p.until for h in self._loaded for _, p in _kinds(h)]
+            timeout_s = max(0.001, min((p - now for p in ends if p > now), default=0.001))
         await asyncio.wait([self._wanted], timeout=timeout_s)
         self._wanted = None
 
@@ -142,10 +158,10 @@ class Settler:
         self.hurry()
 
     def hurry(self) -> None:
-        """Try at once what waits for the end of a pause."""
+        """Try at once what waits for the end of a cooldown."""
         for hand in self._hands.values():
-            for _, pause in _kinds(hand):
-                pause.until = 0.0
+            for _, cooldown in _kinds(hand):
+                cooldown.until = 0.0
         self._wake()
 
     def _wake(self) -> None:
@@ -155,31 +171,33 @@ class Settler:
     async def _apply(self, hand: Hand) -> bool:
         """Bring the verdicts of one stream to the server; False if some are to be tried again.
 
-        Each kind has a pause of its own after a failure: a dead letter that the server refuses,
+        Each kind has a cooldown of its own after a failure: a dead letter that the server refuses,
         for want of memory perhaps, must hold up neither acks nor retries.
         """
         done = True
-        for pause, apply in (
-            (hand.acks_pause, self._apply_acks),
-            (hand.commits_pause, self._apply_commits),
-            (hand.parks_pause, self._apply_parks),
-            (hand.dead_pause, self._apply_dead),
+        for cooldown, apply in (
+            (hand.acks_cooldown, self._apply_acks),
+            (hand.commits_cooldown, self._apply_commits),
+            (hand.parks_cooldown, self._apply_parks),
+            (hand.dead_cooldown, self._apply_dead),
         ):
-            if asyncio.get_running_loop().time() >= pause.until:
+            if asyncio.get_running_loop().time() >= cooldown.until:
                 done = await apply(hand) and done
         return done
 
     async def _apply_acks(self, hand: Hand) -> bool:
         hand.acking, skipped, hand.acks, hand.skipped = hand.acks, hand.skipped, [], 0
         failed: list[bytes] = []
-        for ids in chunks(hand.acking):
+        # Few enough that the server names each that it refuses: one in doubt may be among them.
+        at_once = _NAMED_SINGLY if self._doubtful else VERDICTS_PER_CALL
+        for ids in chunks(hand.acking, at_once):
             if failed or not await self._attempt(hand, ids, partial(self._ack, hand, ids)):
                 failed += ids
         hand.acking = []
         hand.acks += failed
         if skipped:
             self._emit("delivery.skipped", hand, count=skipped)
-        hand.acks_pause.after(ok=not failed)
+        hand.acks_cooldown.after(ok=not failed)
         return not failed
 
     async def _apply_commits(self, hand: Hand) -> bool:
@@ -192,7 +210,7 @@ class Settler:
         hand.commits += failed
         hand.committing = 0
         hand.commit_bytes = sum(d.effects.bytes for d in hand.commits)
-        hand.commits_pause.after(ok=not failed)
+        hand.commits_cooldown.after(ok=not failed)
         return not failed
 
     async def _apply_part(self, hand: Hand, part: Sequence[Delivery[Any]]) -> bool:
@@ -210,7 +228,7 @@ class Settler:
                 failed += part
         hand.parks += failed
         hand.away = 0
-        hand.parks_pause.after(ok=not failed)
+        hand.parks_cooldown.after(ok=not failed)
         return not failed
 
     async def _apply_dead(self, hand: Hand) -> bool:
@@ -229,7 +247,7 @@ class Settler:
                 ok = ok and hand.singly
         hand.away = 0
         hand.singly = hand.singly and bool(hand.dead)
-        hand.dead_pause.after(ok=ok and not refused)
+        hand.dead_cooldown.after(ok=ok and not refused)
         return ok and not refused
 
     async def _attempt(
@@ -275,8 +293,10 @@ class Settler:
 
     def _forget(self, hand: Hand, ids: Sequence[bytes], staying: Collection[bytes] = ()) -> None:
         for entry_id in ids:
-            if entry_id not in staying:
-                hand.held.pop(entry_id, None)
+            delivery = hand.held.get(entry_id)
+            # Of one that came again meanwhile, since its group was moved back, nothing is over.
+            if delivery is not None and delivery.settled and entry_id not in staying:
+                del hand.held[entry_id]
         if self._doubtful:
             self._doubtful.difference_update([(hand.stream, entry_id) for entry_id in ids])
 
@@ -378,13 +398,13 @@ class Settler:
         )
 
 
-def _kinds(hand: Hand) -> tuple[tuple[Sequence[Any], Pause], ...]:
-    """Return each kind of verdict that waits, and its pause."""
+def _kinds(hand: Hand) -> tuple[tuple[Sequence[Any], Cooldown], ...]:
+    """Return each kind of verdict that waits, and its cooldown."""
     return (
-        (hand.acks, hand.acks_pause),
-        (hand.commits, hand.commits_pause),
-        (hand.parks, hand.parks_pause),
-        (hand.dead, hand.dead_pause),
+        (hand.acks, hand.acks_cooldown),
+        (hand.commits, hand.commits_cooldown),
+        (hand.parks, hand.parks_cooldown),
+        (hand.dead, hand.dead_cooldown),
     )
 
 
@@ -419,26 +439,15 @@ def _delay_and_count(delivery: Delivery[Any], verdict: Park | HandBack) -> tuple
 
 
 def _dead_fields(delivery: Delivery[Any], verdict: DeadLetter) -> list[Arg]:
-    """Return the fields of a dead letter: those of the entry, then why it died.
-
-    An entry of more fields than a script can pass on in one call (about 8,000 values) keeps them
-    in one field, `deadfields`, as a msgpack array.
-    """
+    """Return the fields of a dead letter: those of the entry, then why it died."""
     fields: list[bytes] = delivery.fields
     if delivery.origin.stream != delivery.origin.home:
         fields = without_inbox_fields(fields)
-    if len(fields) > _MOST_VALUES:
-        fields = [b"deadfields", msgspec.msgpack.encode(fields)]
-    return [
-        *fields,
-        "deadreason",
-        verdict.reason,
-        "deaderror",
-        f"{verdict.error.type}: {verdict.error.text}".encode("utf-8", "replace"),
-        "deadtraceback",
-        verdict.error.traceback.encode("utf-8", "replace"),
-        "deadattempts",
-        str(delivery.attempt),
-        "deadentry",
-        original_id(delivery),
-    ]
+    return closed(
+        fields,
+        reason=verdict.reason,
+        error=f"{verdict.error.type}: {verdict.error.text}",
+        traceback=verdict.error.traceback,
+        attempts=delivery.attempt,
+        origin=original_id(delivery),
+    )

@@ -5,16 +5,19 @@ from typing import Any
 
 from bus.delivery import ACK, COMMIT, Delivery, Verdict
 from bus.worker.consumer import Consumer
-from bus.worker.executor import Slot
+from bus.worker.executor import Slot, Suspended
 
 
 class SingleConsumer(Consumer):
     """Runs a handler of single deliveries under one worker name."""
 
-    async def _slot(self, slot: Slot) -> None:
+    async def _slot(self, slot: Slot) -> None:  # noqa: C901, PLR0912, PLR0915 - hot
         clock = asyncio.get_running_loop().time
         buffer, turn, circuit = self.holding.buffer, self._turn, self._circuit
-        demand, once = self._demand, self._once
+        demand, once, pace, intake = self._demand, self._once, self._pace, self.intake
+        triage, begin, ack = self.executor.triage, self.executor.begin, self._settler.ack
+        task = slot.task
+        assert task is not None
         has_run = False
         while True:
             if not buffer or circuit.blocked:
@@ -42,15 +45,27 @@ class SingleConsumer(Consumer):
                     await self._probe(slot, delivery, now)
                 elif delivery.reclaimed or delivery.condemned is not None:
                     await self._handle_other(slot, delivery, now)
-                else:
+                elif once is not None:
                     await self._handle(slot, delivery, now)
+                elif (verdict := triage(delivery)) is not None:
+                    await self._settle(slot, delivery, verdict)
+                else:  # as `_handle` and `_finish`; here, since most of them never suspend
+                    slot.delivery = delivery
+                    slot.started_at = now
+                    begun = begin(slot, delivery)
+                    if begun is ACK and not task.cancelling() and not circuit.on_probation:
+                        slot.started_at = 0.0
+                        self.returned += 1
+                        ack(delivery)
+                    else:
+                        await self._finish(slot, delivery, now, begun)
             finally:
                 demand.running -= 1
-            if self.intake.waits and len(buffer) <= self._pace.low_water:
-                self.intake.look_again()
+            if intake.waits and len(buffer) <= pace.low_water:
+                intake.look_again()
 
     async def _handle(self, slot: Slot, delivery: Delivery[Any], now: float) -> Verdict | None:
-        verdict = self._executor.triage(delivery)
+        verdict = self.executor.triage(delivery)
         if verdict is not None:
             await self._settle(slot, delivery, verdict)
             return None
@@ -58,7 +73,15 @@ class SingleConsumer(Consumer):
             return None
         slot.delivery = delivery
         slot.started_at = now
-        verdict = await self._executor.call(slot, delivery)
+        return await self._finish(slot, delivery, now, self.executor.begin(slot, delivery))
+
+    async def _finish(
+        self, slot: Slot, delivery: Delivery[Any], now: float, begun: Verdict | Suspended
+    ) -> Verdict:
+        """See a call to its end, and settle it; return how it ended."""
+        verdict = begun
+        if isinstance(verdict, Suspended):
+            verdict = await self.executor.finish(slot, delivery, verdict)
         slot.started_at = 0.0
         if slot.task is not None and slot.task.cancelling():
             await self._end_cancelled(slot.task, delivery, verdict)

@@ -21,6 +21,7 @@ from bus.config import (
     GRACE_S,
     JANITOR_S,
     LEASE_S,
+    PAUSES_S,
     PRESSURE_S,
     REPLY_TIMEOUT_S,
     TOPICS_S,
@@ -30,15 +31,18 @@ from bus.config import (
 from bus.delivery import Publishes
 from bus.errors import BusError, DeclarationError
 from bus.handler import Handler, Registry
-from bus.sender import is_transient
+from bus.hooks import Hooks
+from bus.streams.connection import is_transient
 from bus.streams.keys import inbox, is_inbox
 from bus.streams.replies import ReplyError
 from bus.streams.topics import Record, TopicTable
 from bus.worker.batches import BatchConsumer
 from bus.worker.consumer import Consumer
 from bus.worker.executor import failure_of
+from bus.worker.hooked import Hooked
 from bus.worker.janitor import Janitor, JanitorsBus
 from bus.worker.lease import Lease
+from bus.worker.pauses import Pauses
 from bus.worker.pressure import Pressure
 from bus.worker.reclaimer import Reclaimer
 from bus.worker.singles import SingleConsumer
@@ -54,6 +58,7 @@ class WorkersBus(Publishes, JanitorsBus, Protocol):
 
     topics: TopicTable
     committer: Committer
+    hooks: Hooks
 
     @property
     def address(self) -> str:
@@ -102,6 +107,7 @@ class Worker:
             bus.topics.declare(topic)
         turn = Turn()
         crowded: set[str] = set()  # streams that are nearly full, see Pressure
+        readers = self._store.readers([h.group for h in self._handlers])
         self._consumers: list[Consumer] = [
             (BatchConsumer if handler.batch else SingleConsumer)(
                 handler,
@@ -110,13 +116,15 @@ class Worker:
                 bus,
                 self._telemetry,
                 bus.committer,
+                reader,
                 concurrency=concurrency or handler.concurrency,
                 lease_s=self._lease_s,
                 turn=turn,
                 crowded=crowded,
             )
-            for handler in self._handlers
+            for handler, reader in zip(self._handlers, readers, strict=True)
         ]
+        self._hooked = Hooked(bus.hooks, self._consumers)
         self._lease = Lease(
             self._store, self.name, self._consumers, self._telemetry, lease_s=self._lease_s
         )
@@ -129,6 +137,7 @@ class Worker:
         )
         self._records: dict[str, Record] = {}  # partition -> what is recorded of its topic
         self._janitor = Janitor(bus, self.name, self._consumers, self._records)
+        self._pauses = Pauses(self._store, self.name, self._consumers, self._telemetry)
         self._pressure = Pressure(self._store, self.name, self._records, crowded, self._telemetry)
         self._state: Any = None
         self._exits = contextlib.AsyncExitStack()
@@ -158,6 +167,7 @@ class Worker:
         except BaseException:
             await self._exits.aclose()
             raise
+        self._hooked.begin()
         for consumer in self._consumers:
             intake, *rest = consumer.start()
             self._intakes[consumer] = intake
@@ -169,6 +179,7 @@ class Worker:
         self._watch(self._sweeping)
         self._watch(loop.create_task(_every(_TICK_S, self._tick), name="tick"))
         self._watch(loop.create_task(_every(TOPICS_S, self._look_at_topics), name="topics"))
+        self._watch(loop.create_task(_every(PAUSES_S, self._pauses.keep), name="pauses"))
         self._watch(loop.create_task(_every(JANITOR_S, self._janitor.tidy), name="janitor"))
         self._watch(loop.create_task(_every(PRESSURE_S, self._pressure.relieve), name="pressure"))
         self._telemetry.emit(
@@ -196,12 +207,15 @@ class Worker:
         results = await self._store.create_groups(
             [(s, c.group, "0" if is_inbox(s) else first[c.handler.start]) for c, s in wanted]
         )
+        paused = await self._pauses.first_look()
         for (consumer, stream), result in zip(wanted, results, strict=True):
             if isinstance(result, ReplyError) and result.code != "WRONGTYPE":
                 raise result.explained(stream)
             if result is True and not is_inbox(stream):
                 self._telemetry.emit("group.created", stream=stream, group=consumer.group)
             consumer.serve([stream], self._state)
+        await self._pauses.apply(paused)  # before any of them is read
+        for (consumer, _), result in zip(wanted, results, strict=True):
             if isinstance(result, ReplyError):
                 await consumer.intake.find_broken()
             consumer.intake.look_again()
@@ -297,16 +311,18 @@ class Worker:
             if consumer.busy:
                 left.append(f"{consumer.group} is at work")
                 continue
-            for stream in list(consumer.hands):
+            for stream, hand in list(consumer.hands.items()):
                 if stream in consumer.intake.broken:
                     continue
+                paused = ", and is paused" if hand.paused else ""
                 standing = await self._store.standing(stream, consumer.group)
                 if standing is None:
                     left.append(f"{consumer.group} is gone from {stream}")
                 elif standing.undelivered:
-                    left.append(f"{consumer.group} has undelivered entries in {stream}")
+                    left.append(f"{consumer.group} has undelivered entries in {stream}{paused}")
                 elif standing.pending:
-                    left.append(f"{consumer.group} has {standing.pending} pending in {stream}")
+                    waits = f"{standing.pending} pending in {stream}{paused}"
+                    left.append(f"{consumer.group} has {waits}")
         return left
 
     # --- stop
@@ -336,6 +352,7 @@ class Worker:
             cancelled += await self._end_calls(grace_ends)
         for consumer in self._consumers:
             await consumer.close()
+        self._hooked.end()
         await self._cancel_tasks()
         await self._say_goodbye()
         await self._exits.aclose()

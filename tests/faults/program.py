@@ -21,23 +21,27 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from bus import Breaker, Bus, Worker
 from bus.instrument.logging import attach, configure
+from bus.streams import stream
 from bus.streams.answers import Taken
 from bus.streams.connection import ConnectionLost
+from bus.streams.doorbell import SharedReader
 from bus.streams.reader import Reader
 from bus.streams.stream import StreamStore
 from bus.worker import reclaimer
-from bus.worker.executor import Executor
+from bus.worker.executor import Executor, Suspended
 from tests.faults import deeds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PLACES: dict[str, tuple[type, str]] = {
     "read": (Reader, "read"),
-    "handler": (Executor, "call"),
     "batch": (Executor, "call_batch"),
     "on_dead": (Executor, "call_on_dead"),
 }
@@ -52,29 +56,56 @@ def _brought(point: str, result: Any) -> bool:
 
 def install(point: str, moment: str, nth: int, name: str) -> None:
     """Wrap the verb so that this process signals itself at its n-th call."""
-    owner, method = PLACES.get(point, (StreamStore, point))
-    inner = getattr(owner, method)
     calls = 0
 
-    async def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def reached(now: str) -> None:
         nonlocal calls
-        if moment == "before":
-            calls += 1
-            if calls == nth:
-                os.kill(os.getpid(), signal.Signals[name])
+        calls += now == moment
+        if now == moment and calls == nth:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    if point == "handler":
+        install_around_handlers(reached)
+        return
+    owner, method = PLACES.get(point, (StreamStore, point))
+    if point == "read" and stream.SHARED_READERS_FROM == 1:
+        owner = SharedReader
+    inner = getattr(owner, method)
+
+    async def wrapped(*args: Any, **kwargs: Any) -> Any:
+        reached("before")
         result = await inner(*args, **kwargs)
-        if moment == "after" and _brought(point, result):
-            calls += 1
-            if calls == nth:
-                os.kill(os.getpid(), signal.Signals[name])
+        if _brought(point, result):
+            reached("after")
         return result
 
     setattr(owner, method, wrapped)
 
 
+def install_around_handlers(reached: Callable[[str], None]) -> None:
+    """Say when a handler is about to be called, and when it has ended, suspended or not."""
+    begin, finish = Executor.begin, Executor.finish
+
+    def begins(*args: Any) -> Any:
+        reached("before")
+        ended = begin(*args)
+        if not isinstance(ended, Suspended):
+            reached("after")
+        return ended
+
+    async def finishes(*args: Any) -> Any:
+        ended = await finish(*args)
+        reached("after")
+        return ended
+
+    Executor.begin = begins  # type: ignore[method-assign]
+    Executor.finish = finishes  # type: ignore[method-assign]
+
+
 def lose_reads(count: int) -> None:
     """Drop the replies to the first `count` reads that brought something."""
-    inner = Reader.read
+    kind = SharedReader if stream.SHARED_READERS_FROM == 1 else Reader
+    inner = kind.read
     lost = 0
 
     async def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -85,7 +116,7 @@ def lose_reads(count: int) -> None:
             raise ConnectionLost("connection lost: by the test", sent=True)
         return result
 
-    Reader.read = wrapped  # type: ignore[method-assign]
+    kind.read = wrapped  # type: ignore[method-assign]
 
 
 async def main(wish: dict[str, Any]) -> None:
@@ -112,6 +143,8 @@ if __name__ == "__main__":
     wish = json.loads(sys.argv[1])
     configure("json")
     reclaimer.SWEEP_S, reclaimer.SWEEP_LEASE_MS = 0.1, 400
+    if wish.get("doorbell"):  # as if it had many handlers
+        stream.SHARED_READERS_FROM = 1
     if wish.get("point"):
         install(wish["point"], wish["moment"], wish.get("nth", 1), wish.get("signal", "SIGKILL"))
     if wish.get("lose_reads"):

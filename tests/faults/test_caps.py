@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.faults.crew import Crew, Member, Site
 
-TOTAL, MAXLEN = 400, 30
+TOTAL, MAXLEN = 200, 30
 GROUPS = ("one", "two")
 
 
@@ -43,11 +43,11 @@ class Shift:
         for turn in range(1, kills + 1):
             member = self.start()
             enough = turn * TOTAL // (kills + 2)
-            await eventually(lambda n=enough: len(self.done()) >= n, f"{enough} deeds done")
+            await eventually(lambda n=enough: len(self.done()) >= n, f"{enough} deeds done", 60)
             member.send(signal.SIGKILL)
             await member.killed()
         last = self.start()
-        await eventually(lambda: len(self.done()) == TOTAL, "all deeds done")
+        await eventually(lambda: len(self.done()) == TOTAL, "all deeds done", 60)
         last.process.terminate()
         assert await last.ended() == 0
 

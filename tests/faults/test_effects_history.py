@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def _seeds() -> list[int]:
-    first, _, last = os.environ.get("EFFECTS_SEEDS", "1-2").partition("-")
+    first, _, last = os.environ.get("EFFECTS_SEEDS", "1").partition("-")
     return list(range(int(first), int(last or first) + 1))
 
 

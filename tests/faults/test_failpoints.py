@@ -41,7 +41,7 @@ VICTIM_LEASE_S = 0.3  # what is waited for after each kill
 SMOKE = [("handler", "after"), ("park", "after"), ("start", "after"), ("dead_letter", "after")]
 
 
-async def run_case(crew: Crew, site: Site, url: str, point: str, moment: str) -> None:
+async def run_case(crew: Crew, site: Site, url: str, point: str, moment: str, **wish: Any) -> None:
     async with Bus.connect(url) as bus:
         await bus.publish_many(DEEDS)
         faults = [FIRST_FAULT[point]] if point in FIRST_FAULT else []
@@ -49,7 +49,7 @@ async def run_case(crew: Crew, site: Site, url: str, point: str, moment: str) ->
         if point == "renew":  # something must be held for as long as that
             await bus.publish(Deed(n=12, kind="hold"))
         for fault in faults:
-            await crew.start(url, lease_s=VICTIM_LEASE_S, **fault).killed()
+            await crew.start(url, lease_s=VICTIM_LEASE_S, **fault, **wish).killed()
         handler = deeds(crew.journal)
         crew.journal.flag("go on").touch()
         async with Worker(bus, [handler], lease_s=LEASE_S) as worker:
@@ -70,6 +70,14 @@ async def test_a_kill_at_any_point_loses_nothing(
     crew: Crew, valkey_site: Site, valkey_url: str, point: str, moment: str
 ) -> None:
     await run_case(crew, valkey_site, valkey_url, point, moment)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("point", ["read", "recover"])
+async def test_a_kill_while_reading_at_a_doorbell_loses_nothing(
+    crew: Crew, valkey_site: Site, valkey_url: str, point: str, moment: str
+) -> None:
+    await run_case(crew, valkey_site, valkey_url, point, moment, doorbell=True)
 
 
 @pytest.mark.parametrize(("point", "moment"), SMOKE)
@@ -157,8 +165,11 @@ async def test_a_killed_worker_is_forgotten_once_it_has_nothing_left(
         async with Worker(bus, [deeds(crew.journal)], lease_s=LEASE_S, name="heir") as worker:
             await worker.drained()
             await eventually(lambda: _consumers(valkey_site, {"heir"}))
-            workers = await valkey_site.redis.smembers(f"{STREAM}:workers")
-            assert workers == {b"heir"}
+            await eventually(lambda: _workers(valkey_site, {b"heir"}))
+
+
+async def _workers(site: Site, names: set[bytes]) -> bool:
+    return await site.redis.smembers(f"{STREAM}:workers") == names
 
 
 async def _consumers(site: Site, names: set[str]) -> bool:

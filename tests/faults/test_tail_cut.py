@@ -178,7 +178,7 @@ def cast(bus: Bus) -> list[Follower]:
     ]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 async def test_connections_that_are_cut_anywhere_lose_nothing(
     url: str, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

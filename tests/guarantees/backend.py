@@ -1,20 +1,18 @@
-"""What the cases of the suite see of a server: a bus on it, and its streams from outside.
-
-A backend without a server joins the suite by offering these few methods.
-"""
+"""What the cases see of a server, or of memory: a bus on it, and its streams from outside."""
 
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from redis.asyncio import Redis
-
 from bus import Bus
+from tests.eyes import eyes_on, verbs_of
 from tests.witness import Witness
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
+
+    from bus.streams.stream import StreamStore
 
 Fields = dict[str, bytes]
 
@@ -28,11 +26,16 @@ class Pending(NamedTuple):
 
 
 class Backend:
-    """A Redis or Valkey server, looked at with a client that is not ours."""
+    """A server, or a place in memory, looked at with a client that is not ours."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.redis: Any = Redis.from_url(url)
+        self.redis: Any = eyes_on(url)
+
+    @property
+    def verbs(self) -> type[StreamStore]:
+        """The class whose verbs the buses use, for those who get in their way."""
+        return verbs_of(self.url)
 
     async def close(self) -> None:
         await self.redis.aclose()

@@ -1,4 +1,4 @@
-"""The servers that the suite runs on, and short waits so that it runs quickly."""
+"""What the suite runs on, memory beside the servers, and short waits so that it runs quickly."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """What is promised holds everywhere."""
+    if isinstance(collector, pytest.Module):
+        collector.add_marker("everywhere")
+
+
 @pytest.fixture
 async def backend(url: str) -> AsyncIterator[Backend]:
-    """An empty database on each kind of server."""
+    """An empty database on each kind of server, and an empty place in memory."""
     backend = Backend(url)
     yield backend
     await backend.close()

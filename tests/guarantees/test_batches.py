@@ -232,8 +232,11 @@ async def test_effects_take_place_for_those_that_were_handled_and_no_others(
         assert len(await backend.dead(STREAM, "sums")) == 1
 
 
-async def test_with_once_a_batch_has_each_event_once(backend: Backend) -> None:
+async def test_with_once_a_batch_has_each_event_once(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also when both deliveries of it lie in one batch, or the first one comes alone."""
+    monkeypatch.setattr("bus.worker.once.ONCE_BUSY_PARK_S", 0.1)
     handled: list[tuple[int, str]] = []
 
     @event_handler(

@@ -15,7 +15,6 @@ import pytest
 
 from bus import Backoff, Breaker, DeadLettered, Delivery, Reject, RetryLater, Worker, event_handler
 from bus.streams.connection import ConnectionLost
-from bus.streams.stream import StreamStore
 from bus.worker.refunds import Refunds
 from tests.guarantees.backend import Backend
 from tests.guarantees.events import STREAM, Made
@@ -290,7 +289,7 @@ async def test_failures_before_the_window_keep_their_attempt(backend: Backend) -
 async def test_refunds_are_tried_until_the_server_takes_them(
     valkey: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner = StreamStore.refund
+    inner = valkey.verbs.refund
     calls = 0
 
     async def broken(*args: Any, **kwargs: Any) -> Any:
@@ -302,7 +301,7 @@ async def test_refunds_are_tried_until_the_server_takes_them(
             raise ConnectionLost("connection lost: by the test", sent=True)
         return await inner(*args, **kwargs)
 
-    monkeypatch.setattr(StreamStore, "refund", broken)
+    monkeypatch.setattr(valkey.verbs, "refund", broken)
     service = Service()
     handler = service.handler(breaker=Breaker(min_calls=20, probe_s=NEVER_S), backoff=NEVER)
     async with valkey.bus() as (bus, witness), Worker(bus, [handler]):
@@ -317,13 +316,13 @@ async def test_refunds_that_are_owed_at_the_end_are_given_at_the_end(
 ) -> None:
     """The verdicts of the window are still on their way as the worker stops, and no tick comes."""
     gate = asyncio.Event()
-    inner = StreamStore.park
+    inner = valkey.verbs.park
 
     async def late(*args: Any, **kwargs: Any) -> Any:
         await gate.wait()
         return await inner(*args, **kwargs)
 
-    monkeypatch.setattr(StreamStore, "park", late)
+    monkeypatch.setattr(valkey.verbs, "park", late)
     monkeypatch.setattr(Refunds, "look_after", lambda refunds, now: None)
     service = Service()
     handler = service.handler(breaker=Breaker(min_calls=8, probe_s=NEVER_S), backoff=NEVER)
@@ -428,7 +427,7 @@ async def test_held_dead_letters_are_bounded(
 ) -> None:
     monkeypatch.setattr("bus.worker.guard.BREAKER_MEMORY", 3)
     service = Service()
-    handler = service.handler(breaker=Breaker(window_s=600), max_attempts=1)
+    handler = service.handler(breaker=Breaker(window_s=600), max_attempts=1, backoff=NEVER)
     async with valkey.bus() as (bus, witness), Worker(bus, [handler]):
         await bus.publish_many([Made(n=n) for n in range(10)])
         await eventually(lambda: len(witness.of("delivery.retried")) >= 7)

@@ -13,7 +13,6 @@ import pytest
 
 from bus import Backoff, Breaker, Delivery, Event, Topic, Worker, event_handler
 from bus.streams import stream as verbs
-from bus.streams.stream import StreamStore
 from tests.faults.proxy import Proxy, digest
 from tests.guarantees.backend import Backend
 from tests.servers import ask
@@ -144,6 +143,7 @@ async def test_what_is_taken_over_from_a_dead_worker_has_its_effects_once(
     assert await backend.pending(STREAM, GROUP) == []
 
 
+@pytest.mark.servers_only("an answer is lost with a connection")
 async def test_a_lost_answer_is_asked_for_again_and_changes_nothing(backend: Backend) -> None:
     books = Books()
     port = int(backend.url.rpartition(":")[2].partition("/")[0])
@@ -325,6 +325,7 @@ async def test_effects_that_are_refused_open_the_breaker(backend: Backend) -> No
         assert await backend.dead(STREAM, GROUP) == []
 
 
+@pytest.mark.servers_only("it takes an access list")
 async def test_a_key_that_the_user_may_not_use_is_the_failure_of_its_delivery_alone(
     private_server: PrivateServer, server_kind: str
 ) -> None:
@@ -536,14 +537,14 @@ async def test_of_a_hundred_that_share_a_script_each_has_its_own_fate(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together: list[int] = []
-    inner = StreamStore.commit
+    inner = backend.verbs.commit
 
     async def counted(self: Any, *args: Any) -> Any:
         answer = await inner(self, *args)
         together.append(len(answer[0]))
         return answer
 
-    monkeypatch.setattr(StreamStore, "commit", counted)
+    monkeypatch.setattr(backend.verbs, "commit", counted)
     kinds = {10: "mistyped outside", 31: "text", 32: "text", 50: "overflow", 99: "mistyped outside"}
     books = Books(max_attempts=1)
     books.go_on.clear()
@@ -588,6 +589,7 @@ async def test_dead_letters_that_are_no_stream_hold_up_nobody(backend: Backend) 
     assert sorted(books.runs) == [(n, 1) for n in range(5)], "none ran again"
 
 
+@pytest.mark.servers_only("it takes a maxmemory")
 async def test_without_memory_effects_wait_and_go_on_by_themselves(
     private_server: PrivateServer, server_kind: str
 ) -> None:
@@ -787,7 +789,7 @@ async def test_a_stream_of_another_type_fails_those_that_publish_there_alone(
 ) -> None:
     release = asyncio.Event()
 
-    @event_handler(Paid, group=GROUP, breaker=None)
+    @event_handler(Paid, group=GROUP, max_attempts=1, breaker=None)
     async def handle(event: Paid, delivery: Delivery[Paid]) -> None:
         await release.wait()
         delivery.effects.incrby("runs")

@@ -449,8 +449,10 @@ async def stopped_after(hall: Hall, count: int, path: Path, **asked: Any) -> Non
         if progress.replayed >= count:
             raise Enough
 
-    with pytest.raises(Enough):
-        await hall.bus.replay("lore", to="index", checkpoint=path, progress=look, **asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "PROGRESS_S", 0.0)  # at every batch, however slow the machine is
+        with pytest.raises(Enough):
+            await hall.bus.replay("lore", to="index", checkpoint=path, progress=look, **asked)
 
 
 async def test_it_goes_on_where_it_stopped(hall: Hall, tmp_path: Path) -> None:
@@ -470,6 +472,48 @@ async def test_it_goes_on_where_it_stopped(hall: Hall, tmp_path: Path) -> None:
     other = await hall.bus.replay("lore", to="index", limit=5)
     assert other.run != done.run
     assert len(await hall.inbox()) == 3_005
+
+
+async def test_a_dry_run_says_what_is_left_of_one_that_was_stopped(
+    hall: Hall, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    await hall.publish(3_000)
+    await stopped_after(hall, 1, path, rate=3_000)
+    first = len(await hall.inbox())
+    assert 0 < first < 3_000
+    before, written = await _everything(hall), path.read_bytes()
+    said = await hall.bus.replay("lore", to="index", checkpoint=path, dry_run=True)
+    assert (said.resumed, said.matched, said.replayed) == (True, 3_000 - first, 0)
+    assert (await _everything(hall), path.read_bytes()) == (before, written)
+    with pytest.raises(CheckpointError, match="is of another replay"):
+        await hall.bus.replay("lore", to="index", checkpoint=path, dry_run=True, limit=5)
+    await hall.bus.replay("lore", to="index", checkpoint=path)
+    said = await hall.bus.replay("lore", to="index", checkpoint=path, dry_run=True)
+    assert (said.resumed, said.read, said.matched) == (True, 0, 0)
+
+
+async def test_a_dry_run_of_a_limited_one_counts_what_went_before(
+    hall: Hall, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    await hall.publish(3_000)
+    await stopped_after(hall, 1, path, rate=3_000, limit=2_000)
+    first = len(await hall.inbox())
+    asked: dict[str, Any] = {"to": "index", "checkpoint": path, "limit": 2_000}
+    said = await hall.bus.replay("lore", dry_run=True, **asked)
+    assert said.matched == 2_000 - first
+    assert (await hall.bus.replay("lore", **asked)).replayed == 2_000
+
+
+async def test_the_last_of_the_range_bounds_another(hall: Hall) -> None:
+    await hall.publish(30)
+    said = await hall.bus.replay("lore", to="index", dry_run=True)
+    await hall.publish(5, first=100)
+    done = await hall.bus.replay("lore", to="index", until=said.last)
+    assert done.replayed == 30
+    nothing = await hall.bus.replay("lore", to="index", dry_run=True, until=1)
+    assert (nothing.read, nothing.last) == (0, "")
 
 
 async def test_who_goes_back_and_is_stopped_misses_nothing_afterwards(
@@ -627,6 +671,7 @@ async def test_a_server_that_remembers_nothing_is_told(hall: Hall, tmp_path: Pat
     assert len(await hall.inbox()) == inbox
 
 
+@pytest.mark.servers_only("it takes two of them")
 async def test_a_checkpoint_is_of_one_server(
     hall: Hall, tmp_path: Path, private_server: Any
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bus import Event, Letter, Topic, upcast
 from bus.streams import keys
+from tests.eyes import eyes_of
 
 if TYPE_CHECKING:
     from bus import Bus
@@ -91,7 +92,7 @@ async def prepare(bus: Bus) -> None:
     """Record the topic, and make the group, as a worker that has served the handler did."""
     await bus.topics.record("mail")
     for stream in (STREAM, OTHER):
-        await bus.redis.xgroup_create(stream, "index", "0", mkstream=True)
+        await eyes_of(bus).xgroup_create(stream, "index", "0", mkstream=True)
 
 
 async def put(
@@ -103,7 +104,7 @@ async def put(
 ) -> str:
     """Put a letter there by hand; return its id."""
     key = f"{stream}:dead:{group}"
-    made = (await bus.redis.xadd(key, fields, id=entry_id)).decode()
+    made = (await eyes_of(bus).xadd(key, fields, id=entry_id)).decode()
     return f"{keys.tag_of(stream)}/{made}"
 
 
@@ -113,12 +114,12 @@ async def bury(bus: Bus, *ns: int, stream: str = STREAM, **fields: Any) -> list[
 
 
 async def dead(bus: Bus, key: str = DEAD) -> list[dict[bytes, bytes]]:
-    return [fields for _, fields in await bus.redis.xrange(key)]
+    return [fields for _, fields in await eyes_of(bus).xrange(key)]
 
 
 async def ns_of(bus: Bus, key: str) -> list[int]:
     """The n of each entry, in order."""
-    return [json.loads(fields[b"data"])["n"] for _, fields in await bus.redis.xrange(key)]
+    return [json.loads(fields[b"data"])["n"] for _, fields in await eyes_of(bus).xrange(key)]
 
 
 async def found(letters: Any) -> list[Letter]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
-from redis.asyncio import Redis
 
 from bus import (
     Bus,
@@ -34,6 +33,7 @@ from bus.history import event_store
 from bus.streams import keys
 from bus.streams.connection import Connection, ConnectionLost
 from bus.streams.replies import ReplyError
+from tests.eyes import eyes_on
 from tests.proxy import Proxy
 from tests.servers import ask
 from tests.witness import Witness
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from bus import Envelope
+
+pytestmark = pytest.mark.everywhere
 
 ROOT = Path(__file__).parents[2]
 TOPIC = Topic("past", partitions=4)
@@ -102,7 +104,7 @@ async def test_an_envelope_holds_the_event_and_its_place(bus):
 
 async def with_ids(url: str, *rows: tuple[int, str, str]) -> None:
     """Write entries by hand: (partition, id, type)."""
-    async with Redis.from_url(url) as redis:
+    async with eyes_on(url) as redis:
         for n, (partition, entry_id, kind) in enumerate(rows):
             fields: dict[Any, Any] = {"id": f"e{n}", "type": kind, "data": '{"field":"f"}'}
             await redis.xadd(f"bus:{{past:{partition}}}", fields, id=entry_id)
@@ -417,6 +419,7 @@ async def test_large_entries_come_in_small_pages(bus, monkeypatch):
     assert sorted(pages)[-2] < 1_300_000
 
 
+@pytest.mark.servers_only("connections break")
 async def test_a_connection_that_drops_is_no_harm(bus, server):
     await bus.publish_many(Sown(field=f"f{n}", n=n) for n in range(3_000))
     async with Proxy(server.port) as proxy, Bus.connect(proxy.url) as other:
@@ -598,7 +601,7 @@ async def test_an_error_ahead_that_nobody_came_to_is_not_complained_of(bus, monk
 
 async def numbered(url: str, partitions: int, each: int, topic: str, size: int = 0) -> None:
     """Fill a topic by hand: ids go round, three of each millisecond over all partitions."""
-    async with Redis.from_url(url) as redis:
+    async with eyes_on(url) as redis:
         await redis.hset("bus:topics", topic, f'{{"partitions": {partitions}}}')
         for first in range(0, partitions * each, 1_000):
             pipeline = redis.pipeline(transaction=False)
@@ -641,7 +644,7 @@ async def test_large_entries_in_many_partitions_come_few_at_a_time(valkey_url, m
 
 async def test_equal_ids_in_several_partitions_come_whole_both_ways(bus, url):
     """Over page ends, which are at other places in each; each stream keeps its own order."""
-    async with Redis.from_url(url) as redis:
+    async with eyes_on(url) as redis:
         for partition, step in enumerate((1, 2, 3, 50)):
             pipeline = redis.pipeline(transaction=False)
             for n in range(0, 600, step):
@@ -714,6 +717,7 @@ async def test_others_get_their_turn(bus, how):
     assert await starved(work()) < 0.05
 
 
+@pytest.mark.servers_only("there is none")
 @pytest.mark.parametrize("how", ["body", "where", "replay where", "replay to"])
 async def test_who_works_without_a_pause_loses_no_connection(valkey_url, monkeypatch, how):
     """The replies of 4 partitions must get in between: a reply that takes too long is given up."""
@@ -762,11 +766,12 @@ async def test_errors_of_what_cannot_be_read_go_with_it(bus, server):
     assert [o for o in gc.get_objects() if type(o) is Undecodable] == []
 
 
+@pytest.mark.servers_only("it fills a server")
 @pytest.mark.timeout(120)
-def test_a_million_entries_take_a_flat_memory(valkey_url, tmp_path):
-    """1e6 entries, decoded, in a process of its own: its peak stays below 80 MB."""
+def test_many_entries_take_a_flat_memory(valkey_url, tmp_path):
+    """3e5 entries, 200 MB in Python, in a process of its own: its peak stays below 80 MB."""
     with redis.Redis.from_url(valkey_url) as client:
-        for first in range(0, 1_000_000, 50_000):
+        for first in range(0, 300_000, 50_000):
             client.eval(FILL, 2, "bus:{plain:0}", "bus:{plain:1}", first, first + 49_999)
         client.hset("bus:topics", "plain", '{"partitions": 2}')
     program = tmp_path / "reads.py"
@@ -781,7 +786,7 @@ def test_a_million_entries_take_a_flat_memory(valkey_url, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     count, total, peak_mb = map(float, done.stdout.split())
-    assert (count, total) == (1_000_000, 1_000_000 * 999_999 / 2)
+    assert (count, total) == (300_000, 300_000 * 299_999 / 2)
     assert peak_mb < 80
 
 

@@ -394,23 +394,25 @@ def judged(
 
 
 @pytest.mark.parametrize(
-    ("idle_ms", "listed", "leases", "alive", "served"),
+    ("idle_ms", "listed", "leases", "alive", "workers"),
     [
-        (999_999_999, [b"w"], {b"w": b"g"}, True, True),
-        (999_999_999, [b"w"], {b"w": b"f,g,h"}, True, True),
-        (0, [b"w"], {b"w": b"f,gg"}, True, False),  # it has left the group, and not its entries
-        (0, [b"w"], {}, False, False),  # however lately it was heard of
-        (0, [b"w", b"v"], {b"v": b"g"}, False, True),
-        (59_999, [], {}, True, True),  # another language
-        (60_000, [], {}, False, False),
-        (60_000, [b"v"], {b"v": b"f"}, False, False),
+        (999_999_999, [b"w"], {b"w": b"g"}, True, 1),
+        (999_999_999, [b"w"], {b"w": b"f,g,h"}, True, 1),
+        (0, [b"w"], {b"w": b"f,gg"}, True, 0),  # it has left the group, and not its entries
+        (0, [b"w"], {}, False, 0),  # however lately it was heard of
+        (0, [b"w", b"v"], {b"v": b"g"}, False, 1),
+        (0, [b"w", b"v"], {b"v": b"g", b"w": b"g"}, True, 2),
+        (59_999, [], {}, True, 1),  # another language
+        (59_999, [b"v"], {b"v": b"g"}, True, 2),
+        (60_000, [], {}, False, 0),
+        (60_000, [b"v"], {b"v": b"f"}, False, 0),
     ],
 )
-def test_who_lives_and_who_serves(idle_ms, listed, leases, alive, served):
+def test_who_lives_and_who_serves(idle_ms, listed, leases, alive, workers):
     found = judged([(b"w", 3, idle_ms)], [], listed, leases)
-    assert [c.alive for c in found.consumers] == [alive]
+    assert [(c.alive, c.leased) for c in found.consumers] == [(alive, b"w" in listed)]
     assert (found.running, found.orphaned) == ((3, 0) if alive else (0, 3))
-    assert found.served == served
+    assert (found.served, found.workers) == (workers > 0, workers)
 
 
 def test_a_consumer_that_reads_stream_and_inbox_is_one():
@@ -443,6 +445,96 @@ def test_a_group_whose_consumers_could_not_be_seen_has_what_it_has_pending():
 def test_the_server_is_asked_about_leases_in_bytes():
     found = judged([(b"caf\xff", 1, 0)], [], [b"caf\xff"], {b"caf\xff": b"g\xff"}, b"g\xff")
     assert (found.consumers[0].name, found.served) == ("caf\\xff", True)
+
+
+# --- who is paused
+
+
+async def pause(redis: Redis, name: str = "index", topic: str = "look", **value: Any) -> None:
+    await redis.hset("bus:paused", f"{topic}:{name}", json.dumps(value))
+
+
+async def test_a_group_that_is_paused_says_since_when_and_why(bus, redis):
+    await group(redis)
+    await group(redis, "audit")
+    assert (await the_group(bus)).paused is None
+    since = await now_ms(redis) - 5_000
+    await pause(redis, since_ms=since, until_ms=since + 60_000, why="bad deploy")
+    await pause(redis, "else")
+    await pause(redis, topic="other")
+    stream = await the_stream(bus)
+    audit, index = stream.groups
+    assert audit.paused is None
+    assert index.paused is not None
+    assert index.paused.since.timestamp() * 1000 == pytest.approx(since)
+    assert index.paused.until is not None
+    assert index.paused.until - index.paused.since == timedelta(seconds=60)
+    assert index.paused.why == "bad deploy"
+    assert str(await bus.inspect()).count("paused until ") == 1
+
+
+async def test_a_pause_that_is_over_is_none(bus, redis):
+    await group(redis)
+    now = await now_ms(redis)
+    await pause(redis, since_ms=now - 9_000, until_ms=now - 1)
+    assert (await the_group(bus)).paused is None
+    await pause(redis, since_ms=now - 9_000, until_ms=now + 60_000)
+    assert (await the_group(bus)).paused is not None
+
+
+async def test_what_no_pause_of_ours_says_is_one_without_end(bus, redis):
+    await group(redis)
+    await redis.hset("bus:paused", "look:index", "")
+    paused = (await the_group(bus)).paused
+    assert paused is not None
+    assert (paused.since, paused.until) == (None, None)
+    assert "neither since when nor why" in paused.why
+
+
+async def test_pauses_that_cannot_be_read_hide_nothing_else(bus, redis):
+    await group(redis)
+    await redis.set("bus:paused", "a string")
+    snapshot = await bus.inspect(["look"])
+    assert snapshot.errors == ("the key bus:paused holds another Redis type than it should",)
+    assert snapshot.topic("look").group("index").paused is None
+    assert "the key bus:paused holds" in str(snapshot)
+
+
+async def test_who_may_not_see_who_is_paused_sees_the_rest(url, redis, eye):
+    await busy(redis)
+    await pause(redis)
+    async with await with_rights(
+        url, "resetkeys", "~bus:{*", "~bus:topics", "~bus:probe", "+@all"
+    ) as bus:
+        snapshot = await bus.inspect()
+    assert (snapshot.errors, snapshot.topic("look").group("index").paused) == ((), None)
+
+
+# --- what the server itself counts
+
+
+async def test_the_lag_is_what_the_server_says_right_or_wrong(bus, redis, counts):
+    """Beside what there is: so everybody sees when they differ."""
+    await add(redis, range(1, 101))
+    await group(redis, read=40)
+    await redis.xgroup_create(S, "middle", "30-0")
+    found = {g.group: (g.undelivered, g.lag) for g in (await the_stream(bus)).groups}
+    assert found == {"index": (60, 60 if counts else None), "middle": (70, None)}
+    await redis.xtrim(S, minid=61, approximate=False)  # by hand, ahead of both
+    found = {g.group: (g.undelivered, g.lag) for g in (await the_stream(bus)).groups}
+    said = {g["name"].decode(): g.get("lag") for g in await redis.xinfo_groups(S)}
+    assert found == {name: (40, lag) for name, lag in said.items()}
+    assert said["index"] == (60 if counts else None)
+
+
+async def test_the_lag_of_a_group_of_several_streams_is_known_if_each_is(url, redis, counts):
+    async with Bus.connect(url, topics=[Topic("look", partitions=2)]) as bus:
+        for stream, entries in ((S, 5), ("bus:{look:1}", 7)):
+            await add(redis, range(1, entries + 1), stream)
+            await group(redis, stream=stream)
+        assert (await the_group(bus)).lag == (12 if counts else None)
+        await redis.xgroup_setid("bus:{look:1}", "index", "3-0")
+        assert (await the_group(bus)).lag is None
 
 
 # --- the stream itself
@@ -488,6 +580,14 @@ def test_who_needs_the_oldest_entry(groups, who):
         for n, ahead, held in groups
     ]
     assert pinning(looks) == who
+
+
+async def test_the_last_id_that_was_given_is_known_without_an_entry(bus, redis):
+    assert (await the_stream(bus)).generated_id is None
+    await add(redis, ["5-1"])
+    await redis.xtrim(S, maxlen=0, approximate=False)
+    stream = await the_stream(bus)
+    assert (stream.last_id, stream.generated_id) == (None, "5-1")
 
 
 async def test_a_full_stream(bus, redis):
@@ -958,7 +1058,7 @@ async def test_what_50_groups_on_one_stream_cost(bus, redis, counts, monkeypatch
     await bus.inspect(["look"])
     writes = watch(bus, monkeypatch)
     await bus.inspect(["look"])
-    assert [len(w) for w in writes] == [3, 3, 1 + 50 * 3 + (not counts)]
+    assert [len(w) for w in writes] == [4, 3, 1 + 50 * 3 + (not counts)]
     assert not asked(writes, "XRANGE")
 
 
@@ -969,7 +1069,7 @@ async def test_groups_that_never_read_cost_two_commands(bus, redis, counts, monk
     await bus.inspect(["look"])
     writes = watch(bus, monkeypatch)
     snapshot = await bus.inspect(["look"])
-    assert [len(w) for w in writes] == [3, 3, 2 * 10 + (not counts)]
+    assert [len(w) for w in writes] == [4, 3, 2 * 10 + (not counts)]
     found = snapshot.topic("look").groups
     assert all((g.undelivered, g.oldest_undelivered_age_s is None) == (10, False) for g in found)
 
@@ -979,7 +1079,7 @@ async def test_what_50_busy_groups_cost(bus, redis, counts, monkeypatch):
     await bus.inspect(["look"])
     writes = watch(bus, monkeypatch)
     snapshot = await bus.inspect(["look"])
-    assert [len(w) for w in writes] == [3, 3, 1 + 50 * 4 + 1 + 2 * (not counts), 50 * 3]
+    assert [len(w) for w in writes] == [4, 3, 1 + 50 * 4 + 1 + 2 * (not counts), 50 * 3]
     # All groups stand at one place: the next entry is asked for once.
     assert len([c for c in asked(writes, "XRANGE") if c[1] == S]) == 1
     bodies = [c[-1] for c in asked(writes, "XRANGE") + asked(writes, "XREVRANGE")]
@@ -998,7 +1098,7 @@ async def test_40_streams_cost_no_more_round_trips_than_one(url, redis, monkeypa
         writes = watch(bus, monkeypatch)
         snapshot = await bus.inspect()
         assert len(writes) == 4
-        assert sum(map(len, writes)) <= 3 + 40 * (3 + 1 + 3) + 200 * 7
+        assert sum(map(len, writes)) <= 4 + 40 * (3 + 1 + 3) + 200 * 7
         assert all(len(w) <= overview.COMMANDS_AT_ONCE for w in writes)
         assert {t.group("g3").running for t in snapshot.topics} == {4 * 5}
 
@@ -1033,7 +1133,8 @@ async def test_it_goes_through_json_and_back(bus, redis):
     plain = msgspec.to_builtins(snapshot)
     (topic,) = plain["topics"]
     (consumer,) = topic["streams"][0]["groups"][0]["consumers"]
-    assert consumer == {"name": "me", "alive": True, "pending": 5, "idle_s": consumer["idle_s"]}
+    said = {"name": "me", "alive": True, "pending": 5, "leased": False}
+    assert consumer == {**said, "idle_s": consumer["idle_s"]}
     assert topic["groups"][0]["undelivered"] == 295
     assert json.loads(json.dumps(plain)) == msgspec.json.decode(msgspec.json.encode(snapshot))
     assert msgspec.convert(json.loads(json.dumps(plain)), Snapshot) == snapshot

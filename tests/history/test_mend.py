@@ -21,6 +21,7 @@ from bus import (
     Undecodable,
     UnknownEventType,
 )
+from tests.eyes import eyes_of
 from tests.history.letters import (
     DEAD,
     INBOX,
@@ -43,6 +44,8 @@ from tests.history.letters import (
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+pytestmark = pytest.mark.everywhere
 
 
 @pytest.fixture
@@ -90,7 +93,7 @@ async def mend(bus: Bus, edit: Any, **fields: Any) -> dict[bytes, bytes]:
     result = await bus.dead_letters("index").redrive(edit=edit, **fields)
     assert result.redriven == 1
     assert await dead(bus) == []
-    ((_, entry),) = await bus.redis.xrange(INBOX)
+    ((_, entry),) = await eyes_of(bus).xrange(INBOX)
     run = entry.pop(b"run").decode()
     assert run == result.run
     inbox = {k: entry.pop(k) for k in (b"origentry", b"attempts", b"due")}
@@ -201,12 +204,12 @@ async def test_what_nobody_can_read_is_not_lost_by_a_change_of_some_fields(
     fields = {"id": "e1", "type": "mail.sorted", "v": version}
     fields |= {} if data is None else {"data": data}
     await put(valkey, fields | why("undecodable"))
-    before = await valkey.redis.xrange(DEAD)
+    before = await eyes_of(valkey).xrange(DEAD)
     given = {name: value for name, value in WHOLE.items() if name not in missing}
     text = rf"by a function, or all fields; missing: {', '.join(missing)}$"
     with pytest.raises(InvalidEvent, match=text):
         await valkey.dead_letters("index").redrive(edit=given)
-    assert await valkey.redis.xrange(DEAD) == before
+    assert await eyes_of(valkey).xrange(DEAD) == before
     entry = await mend(valkey, lambda _: Sorted(shelf_name="A", pieces=1))
     assert json.loads(entry[b"data"]) == {"shelfName": "A", "pieces": 1, "since": None}
 
@@ -265,7 +268,7 @@ async def test_an_edit_that_is_not_valid_is_told_and_sends_nothing(
     valkey: Bus, edit: Any, error: type[Exception], message: str
 ) -> None:
     (letter_id,) = await bury(valkey, 1)
-    before = await valkey.redis.xrange(DEAD)
+    before = await eyes_of(valkey).xrange(DEAD)
     with pytest.raises(error, match=message.replace("ID", letter_id)) as caught:
         await valkey.dead_letters("index").redrive(edit=edit)
     if issubclass(error, InvalidEvent):
@@ -273,8 +276,8 @@ async def test_an_edit_that_is_not_valid_is_told_and_sends_nothing(
         assert not hasattr(caught.value, "__notes__")
     else:
         assert caught.value.__notes__ == [f"dead letter {letter_id}"]
-    assert await valkey.redis.xrange(DEAD) == before
-    assert await valkey.redis.exists(INBOX) == 0
+    assert await eyes_of(valkey).xrange(DEAD) == before
+    assert await eyes_of(valkey).exists(INBOX) == 0
 
 
 async def test_an_event_may_not_grow_beyond_what_the_bus_takes(valkey: Bus) -> None:
@@ -333,12 +336,12 @@ async def test_an_error_quotes_nothing_of_the_event(valkey: Bus, fields: Any, ed
 
 async def test_a_function_may_not_give_an_older_version_than_the_newest_known(valkey: Bus) -> None:
     letter_id = await put(valkey, own(1, type="mail.sorted", data='{"name":1}') | why())
-    before = await valkey.redis.xrange(DEAD)
+    before = await eyes_of(valkey).xrange(DEAD)
     text = "the edit gives version 2 of mail.sorted: give the newest, Sorted \\(version 3\\)"
     with pytest.raises(InvalidEvent, match=text) as caught:
         await valkey.dead_letters("index").redrive(edit=lambda _: Sorted2(shelf="A"))
     assert letter_id in str(caught.value)
-    assert await valkey.redis.xrange(DEAD) == before
+    assert await eyes_of(valkey).xrange(DEAD) == before
 
 
 @pytest.mark.parametrize(
@@ -354,7 +357,7 @@ async def test_an_edit_that_cannot_be_checked_is_refused_and_a_plain_redrive_is_
         await valkey.dead_letters("index").redrive(edit={"n": 5})
     assert await valkey.dead_letters("index").count() == 1
     assert (await valkey.dead_letters("index").redrive()).redriven == 1
-    ((_, entry),) = await valkey.redis.xrange(INBOX)
+    ((_, entry),) = await eyes_of(valkey).xrange(INBOX)
     assert entry[b"v"].decode() == version
 
 

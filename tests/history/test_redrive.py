@@ -14,6 +14,7 @@ from bus import Bus, UnknownGroup
 from bus.config import HEARD_OF_MS
 from bus.history import redrive
 from bus.streams.leases import Leases
+from tests.eyes import eyes_of
 from tests.history.letters import (
     DEAD,
     INBOX,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from bus import Letter
+
+pytestmark = pytest.mark.everywhere
 
 
 @pytest.fixture
@@ -60,19 +63,19 @@ async def valkey(valkey_url: str) -> AsyncIterator[Bus]:
 async def test_a_group_that_is_not_on_the_stream_gets_nothing(bus: Bus, dry_run: bool) -> None:
     """Its letters would lie where no worker looks, and no list of dead letters."""
     await bury(bus, 1)
-    await bus.redis.xgroup_destroy(STREAM, "index")
+    await eyes_of(bus).xgroup_destroy(STREAM, "index")
     with pytest.raises(
         UnknownGroup, match=r"^bus:\{mail:0\} does not have the group index, .* mak"
     ):
         await bus.dead_letters("index").redrive(dry_run=dry_run)
     assert await ns_of(bus, DEAD) == [1]
-    assert await bus.redis.exists(INBOX) == 0
+    assert await eyes_of(bus).exists(INBOX) == 0
 
 
 async def test_a_stream_without_the_group_ends_a_redrive_that_has_begun(valkey: Bus) -> None:
     await bury(valkey, *range(150))
     await bury(valkey, 150, stream=OTHER)
-    await valkey.redis.xgroup_destroy(OTHER, "index")
+    await eyes_of(valkey).xgroup_destroy(OTHER, "index")
     with pytest.raises(UnknownGroup, match=r"bus:\{mail:1\} does not") as caught:
         await valkey.dead_letters("index").redrive()
     assert caught.value.__notes__ == ["100 dead letters were redriven before; run it again"]
@@ -81,7 +84,7 @@ async def test_a_stream_without_the_group_ends_a_redrive_that_has_begun(valkey: 
 
 async def test_a_letter_that_does_not_go_needs_no_group(valkey: Bus) -> None:
     await bury(valkey, 1)
-    await valkey.redis.xgroup_destroy(STREAM, "index")
+    await eyes_of(valkey).xgroup_destroy(STREAM, "index")
     result = await valkey.dead_letters("index").redrive(edit=lambda _: None)
     assert (result.left_out, result.unserved) == (1, False)
 
@@ -102,22 +105,22 @@ async def serve(bus: Bus, how: str) -> None:
     There is something to read: before Redis 7.2 only that makes a consumer.
     """
     for stream in (STREAM, OTHER):
-        await bus.redis.xadd(stream, {"n": 1})
+        await eyes_of(bus).xadd(stream, {"n": 1})
         if how.startswith("worker"):
-            await bus.redis.sadd(f"{stream}:workers", "w")
-            await bus.redis.xreadgroup("index", "w", {stream: ">"}, count=1)
+            await eyes_of(bus).sadd(f"{stream}:workers", "w")
+            await eyes_of(bus).xreadgroup("index", "w", {stream: ">"}, count=1)
         if how == "worker":
-            await bus.redis.set(f"{stream}:lease:w", "audit,index,stats")
+            await eyes_of(bus).set(f"{stream}:lease:w", "audit,index,stats")
         if how == "worker of others":
-            await bus.redis.set(f"{stream}:lease:w", "audit,indexes,stats")
+            await eyes_of(bus).set(f"{stream}:lease:w", "audit,indexes,stats")
         if how == "foreign reader":
-            await bus.redis.xreadgroup("index", "java", {stream: ">"}, count=1)
+            await eyes_of(bus).xreadgroup("index", "java", {stream: ">"}, count=1)
         if how == "foreign reader of the inbox":
-            await bus.redis.xgroup_create(f"{stream}:inbox:index", "index", "0", mkstream=True)
-            await bus.redis.xadd(f"{stream}:inbox:index", {"n": 1})
-            await bus.redis.xreadgroup("index", "java", {f"{stream}:inbox:index": ">"}, count=1)
+            await eyes_of(bus).xgroup_create(f"{stream}:inbox:index", "index", "0", mkstream=True)
+            await eyes_of(bus).xadd(f"{stream}:inbox:index", {"n": 1})
+            await eyes_of(bus).xreadgroup("index", "java", {f"{stream}:inbox:index": ">"}, count=1)
         if how == "lane":
-            await bus.redis.xgroup_createconsumer(stream, "index", "parked:1763629200000")
+            await eyes_of(bus).xgroup_createconsumer(stream, "index", "parked:1763629200000")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +186,7 @@ async def test_a_limit_counts_what_goes_and_not_what_is_gone(bus: Bus, server: A
     assert await ns_of(bus, DEAD) == [5, 6, 7, 8, 9]
 
 
+@pytest.mark.servers_only("it takes a script to add so many fields")
 @pytest.mark.parametrize("packed", [False, True])
 async def test_a_limit_does_not_count_what_is_stuck(bus: Bus, server: Any, packed: bool) -> None:
     """Else `limit=1` would never come beyond it."""
@@ -190,7 +194,7 @@ async def test_a_limit_does_not_count_what_is_stuck(bus: Bus, server: Any, packe
     if packed:
         ask(server, "RPUSH", "list", *big)
         script = "return cmsgpack.pack(redis.call('LRANGE', KEYS[1], 0, -1))"
-        big = ["deadfields", await bus.redis.eval(script, 1, "list")]
+        big = ["deadfields", await eyes_of(bus).eval(script, 1, "list")]
     ask(server, "XADD", DEAD, "*", *big, *[str(w) for p in why().items() for w in p])
     await bury(bus, 1, 2)
     stuck, *_ = await found(bus.dead_letters("index"))
@@ -201,6 +205,7 @@ async def test_a_limit_does_not_count_what_is_stuck(bus: Bus, server: Any, packe
     assert await ns_of(bus, INBOX) == [1]
 
 
+@pytest.mark.servers_only("it takes a script to add so many fields")
 @pytest.mark.parametrize("packed", [False, True])
 async def test_as_many_fields_as_may_go_do_go(bus: Bus, server: Any, packed: bool) -> None:
     """What is thought to fit must fit the script, on every server."""
@@ -209,7 +214,7 @@ async def test_as_many_fields_as_may_go_do_go(bus: Bus, server: Any, packed: boo
     if packed:
         ask(server, "RPUSH", "list", *big)
         script = "return cmsgpack.pack(redis.call('LRANGE', KEYS[1], 0, -1))"
-        big = ["deadfields", await bus.redis.eval(script, 1, "list")]
+        big = ["deadfields", await eyes_of(bus).eval(script, 1, "list")]
     ask(server, "XADD", DEAD, "*", *big, *[str(w) for p in why().items() for w in p])
     result = await bus.dead_letters("index").redrive()
     assert (result.redriven, result.stuck) == (1, ())
@@ -265,9 +270,9 @@ async def test_a_letter_above_a_mebibyte_goes_alone(valkey: Bus) -> None:
 
 async def drain(bus: Bus, inbox: str, ns: list[int], most: int) -> None:
     """Take a few out of an inbox, as its workers do."""
-    for entry_id, fields in await bus.redis.xrange(inbox, count=most):
+    for entry_id, fields in await eyes_of(bus).xrange(inbox, count=most):
         ns.append(int(fields[b"id"][1:]))
-        await bus.redis.xdel(inbox, entry_id)
+        await eyes_of(bus).xdel(inbox, entry_id)
 
 
 async def test_beside_a_full_inbox_nobody_overtakes_within_a_partition(url: str) -> None:
@@ -276,7 +281,7 @@ async def test_beside_a_full_inbox_nobody_overtakes_within_a_partition(url: str)
     async with Bus.connect(url, topics=[TIGHT]) as bus:
         await prepare(bus)
         witness = Witness(bus)
-        pipe = bus.redis.pipeline()
+        pipe = eyes_of(bus).pipeline()
         for n in range(count):
             stream = (STREAM, OTHER)[n % 3 == 0]
             pipe.xadd(f"{stream}:dead:index", own(n) | why(), id=f"{n + 1}-0")
@@ -290,7 +295,8 @@ async def test_beside_a_full_inbox_nobody_overtakes_within_a_partition(url: str)
             if turn % 3 == 0:
                 await drain(bus, f"{OTHER}:inbox:index", handled[OTHER], 2)
             assert (
-                max(await bus.redis.xlen(INBOX), await bus.redis.xlen(f"{OTHER}:inbox:index")) < 11
+                max(await eyes_of(bus).xlen(INBOX), await eyes_of(bus).xlen(f"{OTHER}:inbox:index"))
+                < 11
             )
             await asyncio.sleep(0)
         for stream in (STREAM, OTHER):
@@ -318,6 +324,6 @@ async def test_a_wait_for_room_is_ended_by_a_timeout_and_gone_on_with(valkey_url
         with pytest.raises(TimeoutError):
             await give_up()
         assert await ns_of(bus, INBOX) == list(range(10))
-        await bus.redis.xtrim(INBOX, 0)
+        await eyes_of(bus).xtrim(INBOX, 0)
         assert (await bus.dead_letters("index").redrive()).redriven == 5
         assert await ns_of(bus, INBOX) == list(range(10, 15))

@@ -10,6 +10,7 @@ from bus.history.snapshot import (
     ConsumerSnapshot,
     GroupSnapshot,
     LaneSnapshot,
+    Paused,
     ServerFacts,
     Snapshot,
     StreamSnapshot,
@@ -20,13 +21,13 @@ from bus.history.snapshot import (
 
 def part(**other: Any) -> GroupSnapshot:
     """One running, two parked."""
-    worker, lane = ConsumerSnapshot("w", True, 1, 2.0), LaneSnapshot(0.5, 2)
+    worker, lane = ConsumerSnapshot("w", True, 1, 2.0, True), LaneSnapshot(0.5, 2)
     ages = ("oldest_undelivered", "oldest_pending", "oldest_dead", "newest_dead")
     numbers = dict.fromkeys(("undelivered", "inbox", "inbox_pending", "due", "orphaned", "dead"), 0)
     numbers |= {"pending": 3, "running": 1, "parked": 2}
     found: dict[str, Any] = {"group": "g", "at_least": False, "served": True, **numbers}
     found |= {f"{age}_age_s": None for age in ages}
-    found |= {"consumers": (worker,), "lanes": (lane,), **other}
+    found |= {"paused": None, "lag": 0, "consumers": (worker,), "lanes": (lane,), **other}
     return GroupSnapshot(**found)
 
 
@@ -41,7 +42,7 @@ def test_a_group_is_summed_over_its_streams():
     assert (total.oldest_dead_age_s, total.newest_dead_age_s) == (20.0, 3.0)
     assert (total.oldest_pending_age_s, total.oldest_undelivered_age_s) == (7.0, None)
     assert total.lanes == (LaneSnapshot(0.5, 6),)
-    assert total.consumers == (ConsumerSnapshot("w", True, 3, 2.0),)
+    assert total.consumers == (ConsumerSnapshot("w", True, 3, 2.0, True),)
     assert total.served
     assert summed([one]) is one
 
@@ -53,8 +54,44 @@ def test_a_group_is_served_if_every_stream_is_and_a_consumer_lives_if_anywhere()
     assert (total.served, total.running, total.orphaned) == (False, 1, 1)
     assert total.consumers == (
         ConsumerSnapshot("v", False, 0, 0.0),
-        ConsumerSnapshot("w", True, 2, 1.0),
+        ConsumerSnapshot("w", True, 2, 1.0, True),
     )
+
+
+def test_a_group_has_as_many_workers_as_serve_each_of_its_streams():
+    assert summed([part(workers=3), part(workers=1), part(workers=2)]).workers == 1
+
+
+PAUSED = Paused(datetime(2026, 11, 20, tzinfo=UTC), None, "bad deploy")
+
+
+def test_a_group_is_paused_on_all_streams_of_a_topic_and_its_lag_known_if_each_is():
+    total = summed([part(lag=3, paused=PAUSED), part(lag=4, paused=PAUSED)])
+    assert (total.paused, total.lag) == (PAUSED, 7)
+    assert summed([part(lag=3), part(lag=None)]).lag is None
+    assert summed([part(lag=0), part(lag=0)]).lag == 0
+    assert summed([part(), part(paused=PAUSED)]).paused == PAUSED
+
+
+def test_a_group_that_does_nothing_says_why():
+    until = replace(PAUSED, until=datetime(2026, 11, 20, 9, 30, 15, tzinfo=UTC))
+    groups = (
+        part(group="a"),
+        part(group="b", paused=PAUSED),
+        part(group="c", paused=until),
+        part(group="d", paused=PAUSED, served=False),
+        part(group="e", served=False),
+    )
+    topic = TopicSnapshot("order", 1, 10, 5, "block", None, False, (), groups)
+    lines = str(Snapshot(PAUSED.since, None, (topic,))).splitlines()
+    said = [line.partition("       -")[2].strip() for line in lines[4:]]
+    assert said == [
+        "",
+        "paused",
+        "paused until 2026-11-20 09:30:15Z",
+        "not served, paused",
+        "not served",
+    ]
 
 
 def test_a_snapshot_is_a_table_to_read():
@@ -67,6 +104,7 @@ def test_a_snapshot_is_a_table_to_read():
         "bus:{order:0}",
         partition=0,
         length=112_034,
+        added=None,
         maxlen=1_000_000,
         keep=100_000,
         room=887_966,

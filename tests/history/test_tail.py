@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from redis.asyncio import Redis
 
 from bus import (
     Bus,
@@ -29,6 +28,7 @@ from bus import (
 from bus.config import TAIL_ENTRIES
 from bus.history import hub, past
 from bus.history import tail as tail_module
+from tests.eyes import eyes_of, eyes_on
 from tests.servers import ask
 from tests.witness import Witness, eventually
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from bus import Envelope
     from bus.embedded import EmbeddedServer
+
+pytestmark = pytest.mark.everywhere
 
 TOPIC = Topic("tailed", partitions=4)
 ONE = Topic("tailedone")
@@ -95,8 +97,8 @@ async def some(tail: Tail, count: int, within_s: float = 10.0) -> list[Envelope]
         return [await anext(tail) for _ in range(count)]
 
 
-async def numbers(tail: Tail, count: int) -> list[int]:
-    return [envelope.event.n for envelope in await some(tail, count)]  # type: ignore[attr-defined]
+async def numbers(tail: Tail, count: int, within_s: float = 10.0) -> list[int]:
+    return [envelope.event.n for envelope in await some(tail, count, within_s)]  # type: ignore[attr-defined]
 
 
 async def nothing_comes(tail: Tail, for_s: float = 0.2) -> bool:
@@ -146,7 +148,7 @@ def calls(server: EmbeddedServer, command: str) -> int:
 
 async def with_ids(url: str, stream: str, *ids: str) -> None:
     """Append entries with these ids by hand; their numbers count from 0."""
-    async with Redis.from_url(url) as redis:
+    async with eyes_on(url) as redis:
         for n, entry_id in enumerate(ids):
             fields: dict[Any, Any] = {"id": f"i{n}", "type": "tailed.ran", "data": f'{{"n":{n}}}'}
             await redis.xadd(stream, fields, id=entry_id)
@@ -238,7 +240,7 @@ async def test_a_tail_that_did_not_begin_keeps_the_place_it_was_given(bus: Bus, 
 
 async def test_every_loss_is_told_not_only_the_first(bus: Bus, watchful: None) -> None:
     async def batch(first: int, last: int, keep: int | None = None) -> None:
-        async with bus.redis.pipeline(transaction=True) as pipe:
+        async with eyes_of(bus).pipeline(transaction=True) as pipe:
             for n in range(first, last):
                 fields = {"id": f"i{n}", "type": "tailedone.said", "data": f'{{"n":{n}}}'}
                 pipe.xadd(FIRST, fields)  # type: ignore[arg-type]
@@ -257,8 +259,8 @@ async def test_every_loss_is_told_not_only_the_first(bus: Bus, watchful: None) -
     waiting.cancel()
     for first in range(1_001, 6_001, 1_000):
         await batch(first, first + 1_000)
-    await eventually(lambda: not tail._seat.streams)
-    await bus.redis.xtrim(FIRST, maxlen=10, approximate=False)
+    await eventually(lambda: not tail._pursuit._seat.streams)
+    await eyes_of(bus).xtrim(FIRST, maxlen=10, approximate=False)
     # What lies before it is given first, if it was read: what comes last was never there to read.
     seen: list[int] = []
     while not seen or seen[-1] != 6_000:
@@ -282,8 +284,8 @@ async def test_an_error_in_between_leaves_nothing_out(bus: Bus, monkeypatch: Any
         found = await look(archive, streams)
         if not late:
             late = True
-            await bus.publish_many(says(range(10, 20)))
-            await eventually(lambda: order_of(other) >= 19)
+            *_, last = await bus.publish_many(says(range(10, 20)))
+            await eventually(lambda: other.position == {FIRST: last.entry_id})
         return found
 
     async def read_refused(archive: Any, wanted: Any) -> Any:
@@ -292,9 +294,6 @@ async def test_an_error_in_between_leaves_nothing_out(bus: Bus, monkeypatch: Any
             refused = True
             raise PermissionDenied("for a moment")
         return await read(archive, wanted)
-
-    def order_of(tail: Tail) -> int:
-        return len(tail._batch.entries) and tail._batch.envelope(tail._next - 1).event.n  # type: ignore[attr-defined,no-any-return]
 
     monkeypatch.setattr(past, "sound_extents", look_late)
     monkeypatch.setattr(past, "pages", read_refused)
@@ -329,7 +328,7 @@ async def test_a_time_to_come_is_waited_for(bus: Bus, url: str) -> None:
     tail = bus.tail("tailedone", after="2000-01-01")
     await with_ids(url, FIRST, "1000-0", "2000-0")
     waiting = asyncio.create_task(some(tail, 1))
-    await eventually(lambda: tail._seat.streams)
+    await eventually(lambda: tail._pursuit._seat.streams)
     await with_ids(url, FIRST, "3000-0", "946684799999-5", "946684800000-0", "946684800000-1")
     assert [e.entry_id for e in await waiting] == ["946684800000-0"]
     assert (await some(tail, 1))[0].entry_id == "946684800000-1"
@@ -471,7 +470,7 @@ async def test_the_past_is_in_the_order_of_ids_over_all_partitions(bus: Bus) -> 
 
 async def test_uneven_partitions_are_in_the_order_of_ids_too(bus: Bus, url: str) -> None:
     """One page of the first partition reaches far beyond many pages of the second."""
-    async with Redis.from_url(url) as redis, redis.pipeline(transaction=False) as pipe:
+    async with eyes_on(url) as redis, redis.pipeline(transaction=False) as pipe:
         fields: dict[Any, Any] = {"id": "i", "type": "tailed.ran", "data": '{"n":1}'}
         for n in range(1, 2001):
             pipe.xadd("bus:{tailed:1}", fields, id=f"{n}-1")
@@ -485,7 +484,7 @@ async def test_uneven_partitions_are_in_the_order_of_ids_too(bus: Bus, url: str)
 
 async def test_what_is_read_together_is_in_the_order_of_ids(bus: Bus) -> None:
     async with bus.tail("tailed") as tail:
-        async with bus.redis.pipeline(transaction=True) as pipe:  # read by one XREAD, or by two
+        async with eyes_of(bus).pipeline(transaction=True) as pipe:  # read by one XREAD, or by two
             for n in range(1, 41):
                 fields: dict[Any, Any] = {"id": "i", "type": "tailed.ran", "data": '{"n":1}'}
                 pipe.xadd(f"bus:{{tailed:{n * 7 % 4}}}", fields, id=f"{n}-0")
@@ -517,7 +516,7 @@ async def test_types_keys_and_predicates_choose(bus: Bus) -> None:
     assert await numbers(chosen["all"], 1) == [5]
     for tail in chosen.values():
         assert await nothing_comes(tail, 0.05)
-    assert list(chosen["key"].position) == [chosen["key"]._seat.streams[0]]
+    assert list(chosen["key"].position) == [chosen["key"]._pursuit._seat.streams[0]]
 
 
 async def test_what_cannot_be_decoded_comes_too_and_ends_nothing(bus, server) -> None:
@@ -568,6 +567,7 @@ async def test_events_of_several_topics_are_followed_as_one(bus: Bus) -> None:
 # --- one connection
 
 
+@pytest.mark.servers_only("it counts connections")
 async def test_there_is_one_connection_and_only_while_there_are_tails(bus, server) -> None:
     assert readers(server) == 0
     tails = [bus.tail("tailed" if n % 2 else "tailedone") for n in range(10)]
@@ -585,6 +585,7 @@ async def test_there_is_one_connection_and_only_while_there_are_tails(bus, serve
         assert await numbers(again, 1) == [1]
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_thousand_tails_of_a_stream_cost_one_read_a_batch(valkey, shared_server) -> None:
     server = shared_server("valkey-9.1")
     tails = [valkey.tail("tailedone") for _ in range(1000)]
@@ -599,10 +600,11 @@ async def test_a_thousand_tails_of_a_stream_cost_one_read_a_batch(valkey, shared
     assert calls(server, "xrange") <= 1  # what the append script may look at
 
 
+@pytest.mark.servers_only("it counts what a server was asked")
 async def test_a_thousand_streams_are_read_by_one_read(valkey, shared_server) -> None:
     server = shared_server("valkey-9.1")
     names = [f"tailedmany{n}" for n in range(1000)]
-    async with valkey.redis.pipeline(transaction=False) as pipe:
+    async with eyes_of(valkey).pipeline(transaction=False) as pipe:
         fields: dict[Any, Any] = {"id": "i", "type": "tailed.ran", "data": '{"n":0}'}
         for name in names:
             pipe.xadd(f"bus:{{{name}:0}}", fields)
@@ -610,8 +612,8 @@ async def test_a_thousand_streams_are_read_by_one_read(valkey, shared_server) ->
     tails = [valkey.tail(name) for name in names]
     await asyncio.gather(*(t.ready() for t in tails))
     await eventually(lambda: readers(server) == 1)
-    waiting = [asyncio.create_task(numbers(t, 20)) for t in tails]
-    async with valkey.redis.pipeline(transaction=False) as pipe:
+    waiting = [asyncio.create_task(numbers(t, 20, 60)) for t in tails]
+    async with eyes_of(valkey).pipeline(transaction=False) as pipe:
         for n in range(20):
             fields["data"] = f'{{"n":{n}}}'
             for name in names:
@@ -659,6 +661,7 @@ async def test_what_was_read_for_others_is_not_taken_for_new(valkey) -> None:
     meeting._followed = {}
 
 
+@pytest.mark.servers_only("it looks at what blocks on a server")
 async def test_a_new_stream_does_not_wait_for_the_read_that_blocks(
     bus, server, monkeypatch
 ) -> None:
@@ -671,6 +674,7 @@ async def test_a_new_stream_does_not_wait_for_the_read_that_blocks(
                 assert await numbers(tail, 1) == [n]
 
 
+@pytest.mark.servers_only("it takes an access list")
 async def test_where_unblocking_is_forbidden_a_new_stream_waits_for_the_block(
     bus, server, user, monkeypatch
 ) -> None:
@@ -685,6 +689,7 @@ async def test_where_unblocking_is_forbidden_a_new_stream_waits_for_the_block(
 # --- coming and going
 
 
+@pytest.mark.servers_only("it counts connections")
 async def test_leaving_the_loop_unsubscribes(bus: Bus, server) -> None:
     await bus.publish(Said(n=1))
     async for envelope in bus.tail("tailedone", after="start"):
@@ -709,7 +714,7 @@ async def test_a_tail_that_is_dropped_while_it_reads_the_past_leaves_nothing(bus
     await asyncio.sleep(0)
     reading.cancel()
     await asyncio.wait([reading])
-    seat = tail._seat
+    seat = tail._pursuit._seat
     del tail, reading
     gc.collect()
     await eventually(lambda: not bus._hub._seats)
@@ -732,7 +737,7 @@ async def test_who_waits_gets_the_end_when_a_tail_is_closed(bus: Bus) -> None:
         return [e.event.n async for e in tail]  # type: ignore[attr-defined]
 
     following = asyncio.create_task(follow())
-    await eventually(lambda: tail._seat.streams)
+    await eventually(lambda: tail._pursuit._seat.streams)
     await bus.publish(Said(n=1))
     await eventually(lambda: tail.position[FIRST] != "0-0")
     await tail.aclose()
@@ -763,7 +768,7 @@ async def test_a_tail_that_is_closed_as_it_has_caught_up_does_not_join(valkey: B
     tail = valkey.tail("tailedone", after="start")
     await numbers(tail, 40)
     following = asyncio.create_task(numbers(tail, 1))
-    while tail._seat.work is None or not tail._seat.work.done():  # noqa: ASYNC110 - in that very turn
+    while tail._pursuit._seat.work is None or not tail._pursuit._seat.work.done():  # noqa: ASYNC110 - in that very turn
         await asyncio.sleep(0)
     await tail.aclose()
     with pytest.raises((StopAsyncIteration, RuntimeError)):
@@ -776,7 +781,7 @@ async def test_a_bus_that_closes_wakes_those_who_wait(url: str) -> None:
         await bus.publish_many(says(range(3)))
         live, past, unused = bus.tail("tailed"), bus.tail("tailedone", "start"), bus.tail("tailed")
         waiting = [asyncio.create_task(numbers(live, 1)), asyncio.create_task(numbers(past, 4))]
-        await eventually(lambda: live._seat.streams and past._seat.streams)
+        await eventually(lambda: live._pursuit._seat.streams and past._pursuit._seat.streams)
     async with asyncio.timeout(1):
         for told in await asyncio.gather(*waiting, return_exceptions=True):
             assert isinstance(told, BusClosed)
@@ -847,13 +852,13 @@ async def test_a_slow_tail_holds_up_nobody_and_misses_nothing(bus: Bus) -> None:
         for start in range(1, 6001, 500):
             await bus.publish_many(says(range(start, start + 500)))
             assert await numbers(quick, 500) == list(range(start, start + 500))
-            most = max(most, sum(len(b.entries) for b in slow._seat.queue))
+            most = max(most, sum(len(b.entries) for b in slow._pursuit._seat.queue))
         assert most <= TAIL_ENTRIES
-        assert slow._seat.streams == ()
-        assert not slow._seat.queue
+        assert slow._pursuit._seat.streams == ()
+        assert not slow._pursuit._seat.queue
         assert await numbers(slow, 6000) == list(range(1, 6001))
         waiting = asyncio.create_task(numbers(slow, 1))
-        await eventually(lambda: slow._seat.streams)
+        await eventually(lambda: slow._pursuit._seat.streams)
         await bus.publish(Said(n=7000))
         assert await waiting == [7000]
         assert (slow.gaps, quick.gaps) == (0, 0)
@@ -879,7 +884,7 @@ async def test_a_tail_that_never_keeps_up_still_gets_everything_in_order(valkey,
             seen.setdefault(envelope.key or "", []).append(envelope.event.n)
             if n % 10 == 0:
                 await asyncio.sleep(0.004)
-            parted += not slow._seat.streams
+            parted += not slow._pursuit._seat.streams
         await publishing
     assert seen == {f"k{k}": list(range(k, 3000, 8)) for k in range(8)}
     assert parted > 100
@@ -891,7 +896,7 @@ async def test_large_events_are_bounded_by_their_size(valkey: Bus) -> None:
         for n in range(40):
             await valkey.publish(Said(n=n, text="x" * 200_000))
             assert await numbers(quick, 1) == [n]
-            assert sum(b.size_bytes for b in slow._seat.queue) <= 2_500_000
+            assert sum(b.size_bytes for b in slow._pursuit._seat.queue) <= 2_500_000
         assert await numbers(slow, 40) == list(range(40))
 
 
@@ -926,7 +931,7 @@ async def test_a_tail_with_much_to_give_lets_others_live(valkey: Bus) -> None:
     async with valkey.tail("tailedone") as full:
         for start in range(0, 2000, 500):
             await valkey.publish_many(says(range(start, start + 500)))
-        await eventually(lambda: sum(len(b.entries) for b in full._seat.queue) == 2000)
+        await eventually(lambda: sum(len(b.entries) for b in full._pursuit._seat.queue) == 2000)
         turns = 0
         await numbers(full, 2000)
         assert turns >= 4
@@ -941,7 +946,7 @@ async def test_a_key_of_another_type_ends_its_own_tails_only(bus, server, watchf
         await bus.publish(Ran(n=1, key="a"))
         assert await numbers(broken, 1) == [1]
         waiting = asyncio.create_task(some(broken, 1))
-        await eventually(lambda: broken._seat.streams)
+        await eventually(lambda: broken._pursuit._seat.streams)
         for stream in broken.position:
             ask(server, "SET", stream, "precious")
         with pytest.raises(WrongKeyType, match=r"bus:\{tailed:"):
@@ -953,11 +958,12 @@ async def test_a_key_of_another_type_ends_its_own_tails_only(bus, server, watchf
         for stream in broken.position:
             ask(server, "DEL", stream)
         waiting = asyncio.create_task(numbers(broken, 1))
-        await eventually(lambda: broken._seat.streams)
+        await eventually(lambda: broken._pursuit._seat.streams)
         await bus.publish(Ran(n=2, key="a"))
         assert await waiting == [2]
 
 
+@pytest.mark.servers_only("it takes an access list")
 async def test_a_stream_that_is_forbidden_ends_its_own_tails_only(bus, server, user, watchful):
     async with (
         Bus.connect(user(), topics=[TOPIC, ONE]) as own,
@@ -976,6 +982,7 @@ async def test_a_stream_that_is_forbidden_ends_its_own_tails_only(bus, server, u
         assert await numbers(forbidden, 1) == [5]
 
 
+@pytest.mark.servers_only("it takes an access list")
 async def test_reading_that_is_forbidden_altogether_is_told(bus, server, user) -> None:
     async with Bus.connect(user("-xread"), topics=[ONE]) as own:
         await bus.publish(Said(n=1))
@@ -992,7 +999,7 @@ async def test_reading_that_is_forbidden_altogether_is_told(bus, server, user) -
 async def test_a_mistake_of_ours_is_told_to_the_tails_and_not_hidden(valkey, monkeypatch) -> None:
     async with valkey.tail("tailedone") as tail:
         waiting = asyncio.create_task(some(tail, 1))
-        await eventually(lambda: tail._seat._waiting is not None)
+        await eventually(lambda: tail._pursuit._seat._waiting is not None)
         monkeypatch.setattr(valkey._hub, "_pace", lambda *_: 1 / 0)
         await valkey.publish(Said(n=1))
         with pytest.raises(ZeroDivisionError):
@@ -1034,7 +1041,7 @@ async def test_what_is_trimmed_before_a_slow_tail_catches_up_is_told(bus, server
         assert await numbers(slow, 1) == [0]
         for start in range(1, 5001, 1000):
             await bus.publish_many(says(range(start, start + 1000)))
-        await eventually(lambda: slow._seat.streams == ())
+        await eventually(lambda: slow._pursuit._seat.streams == ())
         ask(server, "XTRIM", FIRST, "MAXLEN", "10")
         assert await numbers(slow, 10) == list(range(4991, 5001))
         assert slow.gaps == 1
@@ -1050,7 +1057,7 @@ async def test_what_is_trimmed_in_the_very_step_that_appends_it_is_told(
     async with bus.tail("tailedone") as tail, bus.tail("tailedone") as other:
         await bus.publish(Said(n=0))
         assert await numbers(tail, 1) == [0]
-        async with bus.redis.pipeline(transaction=True) as pipe:
+        async with eyes_of(bus).pipeline(transaction=True) as pipe:
             for n in range(1, 1001):
                 fields: dict[Any, Any] = {
                     "id": "i",
@@ -1088,6 +1095,7 @@ async def test_trimming_that_takes_only_what_was_read_is_no_gap(bus, server, wat
         assert tail.gaps == 0
 
 
+@pytest.mark.servers_only("it looks at what blocks on a server")
 async def test_a_stream_that_is_emptied_as_soon_as_it_was_read_goes_on(bus, server) -> None:
     async with bus.tail("tailedone") as tail:
         await bus.publish(Said(n=0))
@@ -1095,13 +1103,14 @@ async def test_a_stream_that_is_emptied_as_soon_as_it_was_read_goes_on(bus, serv
         fields: dict[Any, Any] = {"id": "i", "type": "tailedone.said"}
         for n in range(1, 20):
             await eventually(lambda: blocked(server))
-            async with bus.redis.pipeline(transaction=False) as pipe:
+            async with eyes_of(bus).pipeline(transaction=False) as pipe:
                 pipe.xadd(FIRST, {**fields, "data": f'{{"n":{n}}}'})
                 pipe.xtrim(FIRST, maxlen=0)
                 await pipe.execute()
             assert await numbers(tail, 1) == [n]
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_one_id_for_several_streams_is_no_gap_in_those_it_is_not_of(bus, server) -> None:
     receipts = [await bus.publish(Ran(n=n, key="a")) for n in range(3)]
     await a_moment()  # entries of one ms in other streams may have lower ids
@@ -1160,7 +1169,7 @@ async def test_a_tail_that_resumes_where_there_is_nothing_takes_what_comes(
     ask(server, "DEL", FIRST)
     tail, other = bus.tail("tailedone", after=position), bus.tail("tailedone")
     waiting = [asyncio.create_task(some(t, 2)) for t in (tail, other)]
-    await eventually(lambda: tail._seat.streams and other._seat.streams)
+    await eventually(lambda: tail._pursuit._seat.streams and other._pursuit._seat.streams)
     assert tail.position == position
     await with_ids(url, FIRST, "5-0", "6-0")
     for seen in await asyncio.gather(*waiting):
@@ -1172,12 +1181,12 @@ async def test_a_stream_that_lost_its_end_brings_nothing_twice(bus, server, watc
     """As after a restart with older data."""
     async with bus.tail("tailedone") as tail:
         await bus.publish_many(says(range(3)))
-        older = await bus.redis.dump(FIRST)
+        older = await eyes_of(bus).dump(FIRST)
         assert await numbers(tail, 3) == [0, 1, 2]
         last = (await bus.publish(Said(n=3))).entry_id
         assert await numbers(tail, 1) == [3]
         assert older is not None
-        await bus.redis.restore(FIRST, 0, older, replace=True)
+        await eyes_of(bus).restore(FIRST, 0, older, replace=True)
         waiting = asyncio.create_task(some(tail, 1))
         await eventually(lambda: tail.gaps == 1)
         ask(server, "XADD", FIRST, last, "id", "i", "type", "tailedone.said", "data", '{"n":4}')

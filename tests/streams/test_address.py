@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bus import (
+    Bus,
     DeclarationError,
     NotSupported,
 )
-from bus.streams.address import parse_url
+from bus.streams.address import DEFAULT_URL, parse_url, url_of_environment
 from bus.streams.server import Standalone
 from tests.streams.wire import CANARY
 
@@ -31,6 +32,8 @@ from tests.streams.wire import CANARY
             "rediss://h/1?ssl_ca_certs=/ca.pem&ssl_certfile=c&ssl_keyfile=k",
             {"scheme": "rediss", "tls": (("ssl_ca_certs", "/ca.pem"),)},
         ),
+        ("memory://", {"scheme": "memory", "path": "", "redacted": "memory://"}),
+        ("memory://shop-1", {"scheme": "memory", "path": "shop-1", "redacted": "memory://shop-1"}),
         ("unix:///run/redis.sock?db=2", {"scheme": "unix", "path": "/run/redis.sock", "db": 2}),
         ("unix://u:p@/run/my%20redis.sock", {"path": "/run/my redis.sock", "password": "p"}),
     ],
@@ -56,6 +59,7 @@ def test_good_urls(url, parts):
         ("rediss://h?ssl_cert_reqs=none", "'ssl_cert_reqs' is not known for rediss://"),
         *(("unix://", "names a socket"), ("unix:///", "names a socket")),
         ("unix:///s?db=x", "is not a number"),
+        ("memory://a/b", "name in memory:// .* is not valid"),
     ],
 )
 def test_bad_urls_are_refused_in_words(url, says):
@@ -70,7 +74,6 @@ def test_bad_urls_are_refused_in_words(url, says):
         "rediss+sentinel://h/m",
         "redis+cluster://h",
         "rediss+cluster://h",
-        "memory://",
     ],
 )
 def test_what_later_releases_bring_is_told_from_mistakes(url):
@@ -82,6 +85,35 @@ def test_what_later_releases_bring_is_told_from_mistakes(url):
 def test_any_other_text_is_refused_with_one_kind_of_error(url):
     with contextlib.suppress(DeclarationError):
         parse_url(url)
+
+
+@pytest.mark.parametrize(
+    ("variables", "url"),
+    [
+        ({}, DEFAULT_URL),
+        ({"BUS_URL": "redis://ours"}, "redis://ours"),
+        ({"REDIS_URL": "redis://theirs"}, "redis://theirs"),
+        ({"BUS_URL": "redis://ours", "REDIS_URL": "redis://theirs"}, "redis://ours"),
+        ({"BUS_URL": "", "REDIS_URL": "redis://theirs"}, "redis://theirs"),
+        ({"BUS_URL": "", "REDIS_URL": ""}, DEFAULT_URL),
+    ],
+)
+def test_the_environment_says_where_the_server_is(monkeypatch, variables, url):
+    """REDIS_URL is what hosting services set; our own variable comes first."""
+    for name in ("BUS_URL", "REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert url_of_environment() == url
+    assert Bus.connect().address == parse_url(url).redacted
+
+
+def test_a_broken_url_of_the_environment_is_refused_without_its_password(monkeypatch):
+    monkeypatch.delenv("BUS_URL", raising=False)
+    monkeypatch.setenv("REDIS_URL", f"http://user:{CANARY}@h")
+    with pytest.raises(DeclarationError, match="http:// is no known scheme") as told:
+        Bus.connect()
+    assert CANARY not in str(told.value)
 
 
 URLS_WITH_PASSWORD = [

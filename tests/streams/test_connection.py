@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -83,6 +84,57 @@ async def test_what_was_lost_with_the_server_says_whether_it_was_sent(private_se
 def _until_blocked(server: EmbeddedServer) -> None:
     while b"blocked_clients:1" not in ask(server, "INFO", "clients"):
         pass
+
+
+async def test_what_was_closed_while_it_was_idle_leaves_nobody_in_doubt(valkey_url):
+    """Also where the loop has had no time to notice: it looks before it writes."""
+    events: list[str] = []
+    telemetry = Telemetry()
+    telemetry.attach("*", lambda name, _: events.append(name))
+    async with connected(valkey_url, telemetry) as connection:
+        for _ in range(5):
+            identity = await connection.call("CLIENT", "ID")
+            with socket.create_connection(("127.0.0.1", parse_url(valkey_url).port)) as other:
+                other.sendall(pack(("CLIENT", "KILL", "ID", identity)))
+                assert other.recv(100) == b":1\r\n"
+            assert await connection.call("PING") == b"PONG"
+            assert await connection.call("CLIENT", "ID") != identity
+    assert events == []
+
+
+async def test_a_server_with_too_many_clients_has_answered_nothing(private_server):
+    """It says so before any command is read: that is the answer to none of them."""
+    server = private_server()
+    async with connected(server.url) as first, connected(server.url) as second:
+        await first.call("CONFIG", "SET", "maxclients", 1)
+        with pytest.raises(ConnectionLost, match="max number of clients"):
+            await second.call("PING")
+        await first.call("CONFIG", "SET", "maxclients", 10)
+        assert await second.call("PING") == b"PONG"
+
+
+async def test_what_nobody_asked_for_ends_the_connection(valkey_url):
+    """Answers would go to the wrong ones from there on."""
+    async with Proxy(parse_url(valkey_url).port) as proxy, connected(proxy.url) as connection:
+        assert await connection.call("ECHO", "a") == b"a"
+        link = connection._link
+        assert link is not None
+        link.data_received(b"+STRAY\r\n")
+        assert await connection.call("ECHO", "b") == b"b"
+        assert connection._link is not link
+
+
+async def test_what_speaks_another_protocol_is_an_error_of_the_connection(valkey_url):
+    async with connected(valkey_url) as connection:
+        await connection.call("PING")
+        blocked = connection.submit(pack(("BLPOP", "nothing", "0")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert connection._link is not None
+        connection._link.data_received(b"HTTP/1.1 400 Bad Request\r\n")
+        with pytest.raises(ConnectionLost, match="connection lost: ProtocolError"):
+            await blocked
+        assert await connection.call("PING") == b"PONG"
 
 
 async def test_a_lost_reply_is_not_asked_for_again(valkey_url):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from bus.streams import archive, leases
+from bus.streams import archive, channels, leases, upkeep
 from bus.streams import stream as verbs
 from bus.streams.script import Script
 
@@ -84,9 +85,8 @@ def test_the_head_of_each_script_says_what_it_takes_and_gives(name):
 
 
 def test_every_script_is_a_verb_of_the_store():
-    loaded = {
-        s.name for m in (verbs, leases, archive) for s in vars(m).values() if isinstance(s, Script)
-    }
+    modules = (verbs, leases, archive, channels, upkeep)
+    loaded = {s.name for m in modules for s in vars(m).values() if isinstance(s, Script)}
     assert loaded == set(VERBS)
 
 
@@ -114,6 +114,78 @@ async def test_ack_finds_its_entries_among_many(lab):
     ids = await lab.read("me", 700)
     assert await lab.run("ack", GROUP, "me", ids[699], ids[350], ids[0]) == []
     assert len(await lab.pending()) == 697
+
+
+def owned_at_random(dice: random.Random, ids: list[bytes]) -> dict[bytes, str]:
+    """Who has each entry: in runs, as reads give them, and then some taken singly."""
+    owners = ["me", "you", "parked:0", ""]  # "" for nobody: finished
+    weights = dice.choice([(1, 0, 0, 0), (1, 0, 0, 0.02), (1, 1, 0, 0), (5, 2, 1, 1)])
+    owner_of, at = {}, 0
+    while at < len(ids):
+        run = ids[at : at + dice.choice([1, 3, 100, 1000])]
+        owner_of.update(dict.fromkeys(run, dice.choices(owners, weights)[0]))
+        at += len(run)
+    for entry_id in dice.sample(ids, dice.choice([0, 0, 1, 5])):
+        owner_of[entry_id] = dice.choice(owners)
+    return owner_of
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_ack_of_many_finishes_mine_and_no_one_elses(lab, seed):
+    """However they lie: in order or not, ids of any length, and with many consumers around."""
+    dice = random.Random(seed)
+    ms = dice.choice([1_763_629_200_000, 999])  # ids of few digits are seen singly
+    count = dice.choice([64, 65, 150])
+    places = sorted(dice.sample(range(8 * count), count))
+    ids = [f"{ms + p // 120}-{p % 120}".encode() for p in places]
+    for entry_id in ids:
+        await lab.redis.xadd(STREAM, {"n": "1"}, id=entry_id)
+    await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"}, count=count)
+    owner_of = owned_at_random(dice, ids)
+    for owner in ("you", "parked:0"):
+        if theirs := [i for i in ids if owner_of[i] == owner]:
+            await lab.redis.xclaim(STREAM, GROUP, owner, 0, theirs, justid=True)
+    if gone := [i for i in ids if not owner_of[i]]:
+        await lab.redis.xack(STREAM, GROUP, *gone)
+    for n in range(dice.choice([0, 0, 40])):
+        await lab.redis.xgroup_createconsumer(STREAM, GROUP, f"idle-{n}")
+    asked = ids if dice.random() < 0.5 else ids[10:]
+    if dice.random() < 0.2:
+        asked = dice.sample(asked, len(asked))
+    before = await lab.pending()
+    refused = await lab.run("ack", GROUP, "me", *asked)
+    not_mine = [i for i in asked if owner_of[i] != "me"]
+    named = [i for i in refused if i]
+    assert set(named) <= set(not_mine)
+    assert len(refused) == len(not_mine)
+    assert {i for i in not_mine if owner_of[i]} <= set(named), "what another has is named"
+    finished = {i for i in asked if owner_of[i] == "me"}
+    assert await lab.pending() == {i: row for i, row in before.items() if i not in finished}
+
+
+@pytest.mark.parametrize("turn", [1, 50, 99, -1])
+async def test_ack_of_many_in_another_order_asks_for_each(lab, turn):
+    """Between the first and the last that were named there is not all that was named."""
+    ids = [f"1763629200000-{n}".encode() for n in range(100, 200)]
+    for entry_id in ids:
+        await lab.redis.xadd(STREAM, {"n": "1"}, id=entry_id)
+    await lab.redis.xreadgroup(GROUP, "me", {STREAM: ">"}, count=100)
+    theirs = [ids[0], ids[40], ids[99]]
+    await lab.redis.xclaim(STREAM, GROUP, "you", 0, theirs, justid=True)
+    asked = ids[::-1] if turn < 0 else ids[turn:] + ids[:turn]
+    refused = await lab.run("ack", GROUP, "me", *asked)
+    assert sorted(refused) == theirs
+    assert set(await lab.pending()) == set(theirs)
+
+
+async def test_ack_of_many_in_order_looks_at_no_row_of_them(lab, server_kind):
+    """Ten times what one page of rows has, for the price of one look."""
+    ids = await lab.read("me", 500)
+    theirs = await lab.read("you", 1)
+    await lab.redis.config_resetstat()
+    assert await lab.run("ack", GROUP, "me", *ids) == []
+    assert (await lab.redis.info("commandstats"))["cmdstat_xpending"]["calls"] == 2
+    assert set(await lab.pending()) == set(theirs)
 
 
 # --- park
@@ -209,6 +281,19 @@ async def test_a_dead_letter_key_of_another_type_leaves_the_entry_pending(lab):
     with pytest.raises(ResponseError, match="WRONGTYPE"):
         await lab.run("dead_letter", GROUP, "me", 0, ids[0], 2, "a", "b", keys=(STREAM, DEAD))
     assert set(await lab.pending()) == set(ids)
+
+
+async def test_nothing_becomes_a_dead_letter_while_there_is_the_lease_that_is_named(lab):
+    """An operator gives up what a dead worker had, and it comes back to life."""
+    ids = await lab.read("dead", 2)
+    await lab.redis.set(STREAM + ":lease:dead", "g")
+    letters = [word for i in ids for word in (i, 2, "a", "b")]
+    run = ("dead_letter", GROUP, "dead", 0, *letters)
+    assert await lab.run(*run, keys=(STREAM, DEAD, STREAM + ":lease:dead")) == [0, 0]
+    assert set(await lab.pending()) == set(ids)
+    assert not await lab.redis.exists(DEAD)
+    await lab.redis.delete(STREAM + ":lease:dead")
+    assert await lab.run(*run, keys=(STREAM, DEAD, STREAM + ":lease:dead")) == [1, 1]
 
 
 # --- renew, start
@@ -417,6 +502,219 @@ async def test_a_worker_is_forgotten_only_when_nothing_would_be_lost(lab):
     assert await lab.run(*forget, keys=(STREAM, LEASE)) == 1  # gone already
 
 
+# --- release
+
+OWNED = (STREAM, LEASE)
+
+
+async def test_what_is_released_is_due_now_with_its_count_for_whoever_comes(lab):
+    ids, others = await lab.read("dead", 3), await lab.read("you", 1)
+    await lab.redis.xclaim(STREAM, GROUP, "dead", 0, ids, retrycount=4, justid=True)
+    before = await lab.now_ms()
+    asked = (ids[2], others[0], "9-9", ids[0])
+    answer = await lab.run("release", GROUP, "dead", *asked, keys=OWNED)
+    assert answer == [1, 0, 0, 1]
+    found = await lab.pending()
+    lane, count = found[ids[0]]
+    assert before <= int(lane.removeprefix(b"parked:")) <= await lab.now_ms()
+    assert count == 4
+    assert found == {
+        ids[0]: (lane, 4),
+        ids[1]: (b"dead", 4),
+        ids[2]: (lane, 4),
+        others[0]: (b"you", 1),
+    }
+    entries, _ = await lab.run("take_due", GROUP, "me", 10, lane)
+    assert [(i, n) for i, n, _ in entries] == [(ids[0], 5), (ids[2], 5)]
+    assert b"dead" in await lab.consumers(), "a worker is forgotten by another script"
+
+
+async def test_what_leaves_a_lane_leaves_none_empty(lab):
+    ids = await lab.read("me", 3)
+    await lab.park("me", ids, "parked:4000000000000")
+    for entry_id in ids:
+        assert b"parked:4000000000000" in await lab.consumers()
+        args = (GROUP, "parked:4000000000000", entry_id)
+        assert await lab.run("release", *args, keys=OWNED) == [1]
+    assert b"parked:4000000000000" not in await lab.consumers()
+    assert len(await lab.pending()) == 3
+
+
+async def test_nothing_is_released_that_a_living_worker_has(lab):
+    ids = await lab.read("dead", 2)
+    await lab.redis.set(LEASE, "g")
+    before = await lab.redis.dump(STREAM)
+    assert await lab.run("release", GROUP, "dead", *ids, "9-9", keys=OWNED) == [0, 0, 0]
+    assert await lab.redis.dump(STREAM) == before
+
+
+async def test_what_is_released_without_an_entry_is_acked_and_told(lab):
+    ids = await lab.read("dead", 3)
+    await lab.redis.xdel(STREAM, ids[0], ids[2])
+    assert await lab.run("release", GROUP, "dead", *ids, keys=OWNED) == [-1, 1, -1]
+    assert set(await lab.pending()) == {ids[1]}
+
+
+# --- trim
+
+
+async def trim(lab: Lab, cut: str, keep: int) -> Any:
+    return await lab.run("trim", cut, keep)
+
+
+async def test_trimming_by_hand_stops_at_the_cut_at_keep_and_at_the_floor(lab):
+    ids = await lab.read("me", 10)
+    await lab.redis.xack(STREAM, GROUP, *(i for i in ids if i != ids[6]))
+    assert await trim(lab, ids[2].decode(), 0) == [2, [], []]
+    assert await trim(lab, ids[2].decode(), 0) == [0, [], []]
+    assert await trim(lab, ids[5].decode(), 6) == [2, [], []]
+    assert await trim(lab, ids[5].decode(), 6) == [0, [], []], "keep, and not the group"
+    assert await trim(lab, ids[6].decode(), 0) == [2, [], []], "all that was asked for goes"
+    gone, held, lost = await trim(lab, ids[9].decode(), 0)
+    assert (gone, held[:3], lost) == (0, [GROUP.encode(), ids[6], 1], [])
+    assert (await trim(lab, "", 3))[1][:2] == [GROUP.encode(), ids[6]]
+    await lab.redis.xack(STREAM, GROUP, ids[6])
+    assert await trim(lab, "", 1) == [3, [], []]
+    assert [i for i, _ in await lab.redis.xrange(STREAM)] == ids[9:]
+
+
+@pytest.mark.parametrize("length", [100, 300, 5_000, 5_100, 12_345])
+@pytest.mark.parametrize("with_group", [True, False])
+async def test_trimming_by_hand_goes_in_bounded_steps_to_the_very_entry(lab, length, with_group):
+    """Also where whole nodes of the server are all that may go."""
+    async with lab.redis.pipeline(transaction=False) as pipe:
+        for n in range(1, length + 51):
+            pipe.xadd(STREAM, {"n": "1"}, id=f"{n}-0")
+        await pipe.execute()
+    if with_group:
+        await lab.redis.xgroup_setid(STREAM, GROUP, "$")
+    else:
+        await lab.redis.xgroup_destroy(STREAM, GROUP)
+    steps = []
+    while not steps or steps[-1]:
+        gone, held, lost = await trim(lab, f"{length + 1}-0" if with_group else "", 50)
+        assert (held, lost) == ([], [])
+        steps.append(gone)
+    assert sum(steps) == length
+    assert max(steps) <= 5_000
+    assert (await lab.redis.xrange(STREAM, count=1))[0][0] == b"%d-0" % (length + 1)
+
+
+async def test_trimming_by_hand_takes_ghosts_out_of_the_way_a_hundred_at_a_time(lab):
+    ids = await lab.read("me", 160)
+    await lab.redis.xack(STREAM, GROUP, *ids[150:])
+    await lab.redis.xdel(STREAM, *ids[:150])
+    gone, held, lost = await trim(lab, "", 0)
+    assert (gone, held[:2]) == (0, [GROUP.encode(), ids[100]])
+    assert lost[1::2] == ids[:100]
+    gone, held, lost = await trim(lab, "", 0)
+    assert (gone, held, lost[1::2]) == (10, [], ids[100:150])
+    assert await lab.pending() == {}
+
+
+async def test_trimming_by_hand_what_is_not_there(lab):
+    assert await trim(lab, "", 0) == [0, [], []]
+    await lab.redis.delete(STREAM)
+    assert await trim(lab, "5-0", 0) == [0, [], []]
+    assert not await lab.redis.exists(STREAM)
+
+
+# --- seek
+
+
+async def place(lab: Lab) -> tuple[bytes, Any]:
+    """The last-delivered id of the group, and its lag."""
+    (row,) = await lab.redis.xinfo_groups(STREAM)
+    return row["last-delivered-id"], row.get("lag")
+
+
+async def test_a_group_is_moved_if_it_stands_where_it_must(lab):
+    ids = await lab.read("me", 5)
+    pending = await lab.pending()
+    assert await lab.run("seek", GROUP, "", ids[1], "", 0) == ids[4]
+    assert (await place(lab))[0] == ids[1]
+    assert await lab.run("seek", GROUP, ids[4], ids[2], "", 0) == ids[1], "nothing was done"
+    assert (await place(lab))[0] == ids[1]
+    assert await lab.run("seek", GROUP, ids[1], "0-0", "", 0) == ids[1]
+    assert (await place(lab))[0] == b"0-0"
+    assert await lab.pending() == pending
+
+
+async def test_the_server_is_told_how_many_entries_that_is(lab):
+    if lab.keeps_ghosts:  # 6.2 keeps no count either, and would refuse the words
+        with pytest.raises(ResponseError):
+            await lab.run("seek", GROUP, "", "0-0", 3, 0)
+        return
+    ids = await lab.add(5)
+    await lab.run("seek", GROUP, "", ids[2], "", 0)
+    assert await place(lab) == (ids[2], None)
+    await lab.run("seek", GROUP, ids[2], ids[2], 3, 1)
+    assert await place(lab) == (ids[2], 2)
+
+
+async def test_a_number_that_holds_only_while_there_are_entries_is_not_told_without_them(lab):
+    ids = await lab.add(5)
+    await lab.redis.xtrim(STREAM, minid=ids[3].decode(), approximate=False)
+    assert await lab.run("seek", GROUP, "", ids[2], "", 1) is None
+    assert (await place(lab))[0] == b"0-0"
+    assert await lab.run("seek", GROUP, "", ids[3], "", 1) == b"0-0"
+    assert (await place(lab))[0] == ids[3]
+
+
+async def test_a_group_that_is_not_there_cannot_be_moved(lab):
+    await lab.redis.xgroup_create(STREAM, "other", "0")
+    with pytest.raises(ResponseError, match="NOGROUP"):
+        await lab.run("seek", "gg", "", "0-0", "", 0)
+    await lab.redis.delete(STREAM)
+    with pytest.raises(ResponseError, match="no such key"):
+        await lab.run("seek", GROUP, "", "0-0", "", 0)
+
+
+# --- remove_group
+
+OVERRUN = STREAM + ":overrun"
+
+
+async def test_a_group_is_removed_with_its_inbox_its_letters_and_its_count(lab):
+    target = (STREAM, STREAM + ":inbox:" + GROUP, DEAD, OVERRUN)
+    await lab.read("me", 3)
+    for key in target[1:3]:
+        await lab.redis.xadd(key, {"n": "1"})
+        await lab.redis.xadd(key.replace(GROUP, "h"), {"n": "1"})
+    await lab.redis.hset(OVERRUN, mapping={GROUP: 5, "h": 6})
+    await lab.redis.xgroup_create(STREAM, "h", "0")
+    assert await lab.run("remove_group", GROUP, keys=target) == 1
+    assert [g["name"] for g in await lab.redis.xinfo_groups(STREAM)] == [b"h"]
+    assert await lab.redis.xlen(STREAM) == 3
+    assert await lab.redis.hgetall(OVERRUN) == {b"h": b"6"}
+    assert await lab.redis.exists(*target) == 2
+    assert await lab.redis.exists(*(k.replace(GROUP, "h") for k in target[1:3])) == 2
+
+
+async def test_what_is_left_of_a_group_that_is_gone_goes_too(lab):
+    target = (STREAM, STREAM + ":inbox:" + GROUP, DEAD, OVERRUN)
+    for gone in ("group", "stream"):
+        await lab.redis.delete(STREAM)
+        if gone == "group":
+            await lab.add(1)
+        await lab.redis.xadd(DEAD, {"n": "1"})
+        assert await lab.run("remove_group", GROUP, keys=target) == 0
+        assert not await lab.redis.exists(DEAD)
+        assert await lab.redis.exists(STREAM) == (gone == "group"), "and nothing is made"
+        if gone == "group":
+            assert await lab.redis.xinfo_groups(STREAM) == []
+
+
+async def test_a_key_of_another_type_stops_it_before_anything_is_done(lab):
+    target = (STREAM, STREAM + ":inbox:" + GROUP, DEAD, OVERRUN)
+    await lab.redis.xadd(DEAD, {"n": "1"})
+    await lab.redis.set(OVERRUN, "a string")
+    before = await lab.redis.dump(STREAM)
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        await lab.run("remove_group", GROUP, keys=target)
+    assert (await lab.redis.dump(STREAM), await lab.redis.exists(DEAD)) == (before, 1)
+
+
 # --- inboxes
 
 INBOX = STREAM + ":inbox:" + GROUP
@@ -605,6 +903,35 @@ async def append_within(
         for value in unit:
             args += (2, "n", value)
     return await lab.run("append", *args, keys=(STREAM, memory))
+
+
+async def test_usual_events_are_sent_without_the_names_of_their_fields(lab):
+    """One or several, of one type, with a key or without; between others, and up to the mark."""
+    args: list[Any] = [1, 60, 100, 10, 1_000, 0, 6, 9]
+    args += ("=", "a.b", "i1", "d1")
+    args += (2, 2, "n", "x", 4, "n", "y", "m", "z")
+    args += ("*", 2, "a.c", "i2", "d2", "i3", "d3")
+    args += ("+", "a.b", "i4", "d4", "k4")
+    args += ("#", 2, "a.b", "i5", "d5", "k5", "i6", "d6", "k6")
+    args += ("#", 1, "a.b", "i7", "d7", "k7")
+    reply = await lab.run("append", *args, keys=(STREAM, MEMORY))
+    assert reply[1:] == [9, 6, 0, 991]
+    found = [list(fields.values()) for _, fields in await lab.redis.xrange(STREAM)]
+    wanted = ["i1 a.b d1", "x", "y z", "i2 a.c d2", "i3 a.c d3", "i4 a.b d4 k4", "i5 a.b d5 k5"]
+    wanted += ["i6 a.b d6 k6", "i7 a.b d7 k7"]
+    assert found == [w.encode().split() for w in wanted]
+    names = {tuple(fields) for _, fields in await lab.redis.xrange(STREAM)}
+    plain = (b"id", b"type", b"data")
+    assert names == {plain, (*plain, b"partitionkey"), (b"n",), (b"n", b"m")}
+
+
+async def test_of_usual_events_what_does_not_fit_is_left(lab):
+    args: list[Any] = [1, 60, 1, 1, 5, 0, 4, 7]
+    args += ("=", "a.b", "i1", "d1", "*", 2, "a.b", "i2", "d2", "i3", "d3", "+", "a.b", "i4", "d4")
+    args += ("k4", "#", 3, "a.b", "i5", "d5", "k5", "i6", "d6", "k6", "i7", "d7", "k7")
+    reply = await lab.run("append", *args, keys=(STREAM, MEMORY, STREAM + ":overrun"))
+    assert reply[1:5] == [4, 3, 0, 1]
+    assert await lab.redis.xlen(STREAM) == 4
 
 
 async def values(lab: Lab) -> list[bytes]:
@@ -886,6 +1213,9 @@ async def test_of_two_first_users_one_records_and_both_agree(lab):
     assert await lab.run(*record, "", "yours", keys=("bus:topics",)) == b"mine"
     assert await lab.run(*record, "mine", "ours", keys=("bus:topics",)) == b"ours"
     assert await lab.run(*record, "mine", "late", keys=("bus:topics",)) == b"ours"
+    await lab.redis.delete("bus:topics")
+    assert await lab.run(*record, "ours", "late", keys=("bus:topics",)) == b""
+    assert not await lab.redis.exists("bus:topics")
 
 
 # --- how they are sent

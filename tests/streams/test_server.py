@@ -7,6 +7,7 @@ import contextlib
 import random
 import socket
 import subprocess
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,11 +15,14 @@ import pytest
 from bus import (
     AuthenticationFailed,
     Bus,
+    Event,
     PermissionDenied,
     ServerError,
     ServerUnreachable,
     ServerUnsuitable,
+    Worker,
     WrongKeyType,
+    event_handler,
 )
 from bus.streams.address import parse_url
 from bus.streams.server import Standalone, check_server
@@ -214,6 +218,31 @@ async def test_tls(tls_server):
     async with Bus.connect(url) as bus:
         assert CANARY not in repr(bus)
         assert await bus.redis.ping()
+
+
+class Sealed(Event, type="sealed.sent"):
+    n: int
+    text: str
+
+
+async def test_events_go_through_tls_and_through_its_end(tls_server):
+    """Large ones, both ways; and a connection that is cut while it is idle is made again."""
+    _, port, ca = tls_server
+    seen = Counter[int]()
+
+    @event_handler(Sealed, group="g")
+    async def handle(event: Sealed) -> None:
+        assert len(event.text) == 20_000
+        seen[event.n] += 1
+
+    url = f"rediss://localhost:{port}/0?ssl_ca_certs={ca}"
+    async with Bus.connect(url) as bus, Worker(bus, [handle]) as worker:
+        for first in range(0, 300, 100):
+            events = [Sealed(n=first + n, text="x" * 20_000) for n in range(100)]
+            await asyncio.gather(*map(bus.publish, events))
+            await worker.drained()
+            await bus.redis.client_kill_filter(_type="normal", skipme=True)
+    assert seen == Counter(range(300))
 
 
 async def test_tls_trusts_nobody_without_reason(tls_server):

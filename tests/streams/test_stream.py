@@ -10,14 +10,19 @@ import pytest
 from bus.streams import keys
 from bus.streams.address import parse_url
 from bus.streams.answers import Limits
+from bus.streams.backend import backend_at
 from bus.streams.replies import ReplyError
-from bus.streams.server import Standalone
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from tests.eyes import raw
 from tests.servers import ask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from bus.streams.reader import Reads
+
+pytestmark = pytest.mark.everywhere
 
 S0, S1, G = "bus:{verbs:0}", "bus:{verbs:1}", "g"
 WIDE = Limits(keep=100_000, slack=1_000, most=1_000_000)
@@ -25,9 +30,19 @@ WIDE = Limits(keep=100_000, slack=1_000, most=1_000_000)
 
 @pytest.fixture
 async def store(url) -> AsyncIterator[StreamStore]:
-    store = StreamStore(Standalone(parse_url(url)), Telemetry())
+    store = backend_at(parse_url(url)).store(Telemetry())
     yield store
     await store.close()
+
+
+@pytest.fixture(params=["own connection", "doorbell"])
+async def reader(store, request, monkeypatch) -> AsyncIterator[Reads]:
+    """A reader of either kind; with the others of its doorbell, if it has one."""
+    monkeypatch.setattr("bus.streams.stream.SHARED_READERS_FROM", 4)
+    readers = store.readers([G] if request.param == "own connection" else [G, *"hij"])
+    yield readers[0]
+    for one in readers:
+        await one.close()
 
 
 def unit(*values: str) -> list[Any]:
@@ -41,15 +56,15 @@ def unit(*values: str) -> list[Any]:
 async def filled(store: StreamStore, count: int, consumer: str = "me") -> list[bytes]:
     """Make the group, append entries and deliver them to a consumer; return their ids."""
     await store.create_groups([(S0, G, "0")])
-    await store.append(S0, "filler", 1, [unit(*map(str, range(count)))], WIDE, 5)
-    reader = store.reader(G)
+    await store.append(S0, "filler", 1, [unit(*map(str, range(count)))], count, WIDE, 5)
+    reader = store.readers([G])[0]
     ((_, entries),) = await reader.read(G, consumer, [S0], count, 0)
     await reader.close()
     return [entry_id for entry_id, _ in entries]
 
 
 async def pending(store: StreamStore) -> dict[bytes, tuple[bytes, int]]:
-    rows = await store.commands.call("XPENDING", S0, G, "-", "+", 1000)
+    rows = await raw(store, "XPENDING", S0, G, "-", "+", 1000)
     return {row[0]: (row[1], row[3]) for row in rows}
 
 
@@ -57,8 +72,8 @@ async def pending(store: StreamStore) -> dict[bytes, tuple[bytes, int]]:
 
 
 async def test_append_says_where_the_batch_went(store):
-    where = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], WIDE, 5)
-    again = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], WIDE, 5)
+    where = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], 3, WIDE, 5)
+    again = await store.append(S0, "p", 1, [unit("a", "b"), unit("c")], 3, WIDE, 5)
     assert (where.events, where.repeated, again.repeated) == (3, False, True)
     assert again[:4] == where[:4]
     entries = await store.archive.range(S0, "-", "+", 10)
@@ -68,12 +83,13 @@ async def test_append_says_where_the_batch_went(store):
     ]
 
 
+@pytest.mark.servers_only("it asks a server about itself")
 async def test_a_server_that_forgot_the_scripts_is_given_them_again(store, server):
     ids = await filled(store, 2)
     assert await store.ack(S0, G, "me", [ids[0]]) == []
     ask(server, "SCRIPT", "FLUSH")
     assert await store.ack(S0, G, "me", [ids[1]]) == []
-    assert (await store.append(S0, "filler", 2, [unit("x")], WIDE, 5)).repeated is False
+    assert (await store.append(S0, "filler", 2, [unit("x")], 1, WIDE, 5)).repeated is False
     assert await store.ack(S0, G, "me", [ids[1]]) == [ids[1]]
 
 
@@ -89,7 +105,7 @@ async def test_records_of_topics(store):
 
 async def test_whether_streams_hold_anything(store, server):
     assert not await store.any_entries([S0, S1])
-    await store.append(S1, "p", 1, [unit("a")], WIDE, 5)
+    await store.append(S1, "p", 1, [unit("a")], 1, WIDE, 5)
     assert await store.any_entries([S0, S1])
     assert not await store.any_entries([S0])
     ask(server, "SET", S0, "a string")
@@ -179,7 +195,7 @@ async def test_how_far_a_group_is(store):
     assert await store.standing(S0, G) is None
     ids = await filled(store, 2)
     assert await store.standing(S0, G) == (2, False)
-    await store.append(S0, "p", 1, [unit("more")], WIDE, 5)
+    await store.append(S0, "p", 1, [unit("more")], 1, WIDE, 5)
     assert await store.standing(S0, G) == (2, True)
     await store.ack(S0, G, "me", ids)
     assert await store.standing(S0, G) == (0, True)
@@ -188,7 +204,7 @@ async def test_how_far_a_group_is(store):
 
 async def test_types_of_keys(store, server):
     ask(server, "SET", S1, "a string")
-    await store.append(S0, "p", 1, [unit("a")], WIDE, 5)
+    await store.append(S0, "p", 1, [unit("a")], 1, WIDE, 5)
     assert [await store.type_of(k) for k in (S0, S1, "nothing")] == [b"stream", b"string", b"none"]
 
 
@@ -238,7 +254,7 @@ async def test_a_survey_tells_the_living_from_the_dead(store):
     assert {g: [(c.name, c.pending) for c in found] for g, found in survey.consumers.items()} == {
         (S0, G): [(b"dead", 1)]
     }
-    seconds, _ = await store.commands.call("TIME")
+    seconds, _ = await raw(store, "TIME")
     assert abs(survey.now_ms - int(seconds) * 1000) < 60_000
 
 
@@ -258,7 +274,7 @@ async def test_a_lease_says_who_serves_what(store):
 
 async def test_a_lease_expires(store):
     await store.leases.keep([S0], "w1", ["a"], 60_000)
-    left = await store.commands.call("PTTL", keys.lease(S0, "w1"))
+    left = await raw(store, "PTTL", keys.lease(S0, "w1"))
     assert 0 < left <= 60_000
 
 
@@ -274,7 +290,7 @@ async def test_one_process_sweeps_at_a_time(store):
     assert await store.leases.try_sweep([S0], ["other"], "w2", 60_000) == [
         S0
     ]  # serves other groups
-    assert await store.commands.call("PTTL", keys.sweep(S0, [G])) > 0
+    assert await raw(store, "PTTL", keys.sweep(S0, [G])) > 0
 
 
 async def test_dead_workers_are_forgotten(store):
@@ -292,50 +308,44 @@ async def test_dead_workers_are_forgotten(store):
 # --- reading
 
 
-async def test_a_read_lists_all_streams_of_a_group(store):
+async def test_a_read_lists_all_streams_of_a_group(store, reader):
     await store.create_groups([(S0, G, "0"), (S1, G, "0")])
-    await store.append(S0, "p", 1, [unit("a", "b", "c")], WIDE, 5)
-    await store.append(S1, "p", 1, [unit("d")], WIDE, 5)
-    reader = store.reader(G)
+    await store.append(S0, "p", 1, [unit("a", "b", "c")], 3, WIDE, 5)
+    await store.append(S1, "p", 1, [unit("d")], 1, WIDE, 5)
     got = {name: [f for _, f in rows] for name, rows in await reader.read(G, "me", [S0, S1], 2, 0)}
     assert got == {S0: [[b"n", b"a"], [b"n", b"b"]], S1: [[b"n", b"d"]]}
     assert len(await reader.read(G, "me", [S0, S1], 2, 0)) == 1
     assert await reader.read(G, "me", [S0, S1], 2, 0) == []
     assert await reader.read(G, "me", [S0, S1], 2, 10) == []  # after 10 ms
-    await reader.close()
 
 
-async def test_a_read_without_its_group_says_so(store):
-    reader = store.reader(G)
+async def test_a_read_without_its_group_says_so(store, reader):
     with pytest.raises(ReplyError) as raised:
         await reader.read(G, "me", [S0], 2, 0)
     assert raised.value.code == "NOGROUP"
-    await reader.close()
 
 
-async def test_a_blocked_read_wakes_for_an_entry(store, server):
+@pytest.mark.servers_only("it looks at what blocks on a server")
+async def test_a_blocked_read_wakes_for_an_entry(store, reader, server):
     await store.create_groups([(S0, G, "0")])
-    reader = store.reader(G)
     read = asyncio.create_task(reader.read(G, "me", [S0], 2, 5_000))
     await until_blocked(server)
-    await store.append(S0, "p", 1, [unit("a")], WIDE, 5)
+    await store.append(S0, "p", 1, [unit("a")], 1, WIDE, 5)
     ((name, rows),) = await asyncio.wait_for(read, 4)
     assert (name, rows[0][1]) == (S0, [b"n", b"a"])
-    await reader.close()
 
 
-async def test_a_blocked_read_can_be_ended_and_takes_nothing(store, server):
+@pytest.mark.servers_only("it looks at what blocks on a server")
+async def test_a_blocked_read_can_be_ended_and_takes_nothing(store, reader, server):
     await store.create_groups([(S0, G, "0")])
-    reader = store.reader(G)
     await reader.unblock()  # before the first read there is nothing to end
     read = asyncio.create_task(reader.read(G, "me", [S0], 2, 30_000))
     await until_blocked(server)
     await reader.unblock()
     assert await asyncio.wait_for(read, 4) == []
-    await store.append(S0, "p", 1, [unit("a")], WIDE, 5)
+    await store.append(S0, "p", 1, [unit("a")], 1, WIDE, 5)
     assert await store.standing(S0, G) == (0, True)
     assert len(await reader.read(G, "me", [S0], 2, 0)) == 1
-    await reader.close()
 
 
 async def until_blocked(server) -> None:
@@ -356,10 +366,11 @@ async def test_a_range_is_closed_and_counted(store):
     assert await store.archive.range("bus:{nothing:0}", "-", "+", 10) == []
 
 
+@pytest.mark.servers_only("there are no connections to hold up")
 async def test_a_slow_range_does_not_hold_up_a_publish(store):
     """They have connections of their own."""
     slow = store.archive._connection.submit(b"*3\r\n$5\r\nBLPOP\r\n$4\r\nnone\r\n$1\r\n5\r\n")
-    where = await asyncio.wait_for(store.append(S0, "p", 1, [unit("a")], WIDE, 5), 4)
+    where = await asyncio.wait_for(store.append(S0, "p", 1, [unit("a")], 1, WIDE, 5), 4)
     assert where.events == 1
     assert not slow.done()
     slow.cancel()

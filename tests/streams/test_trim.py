@@ -12,10 +12,12 @@ import pytest
 from bus.streams import keys
 from bus.streams.address import parse_url
 from bus.streams.answers import Limits
+from bus.streams.backend import backend_at
+from bus.streams.memory.store import MemoryStore
 from bus.streams.script import _included
-from bus.streams.server import Standalone
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
+from tests.eyes import MemoryServer, raw
 from tests.servers import ask
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     from bus.embedded import EmbeddedServer
     from bus.streams.answers import Appended
+
+pytestmark = pytest.mark.everywhere
 
 S0, G = "bus:{trim:0}", "g"
 HOUR_MS = 3_600_000
@@ -32,7 +36,7 @@ Id = tuple[int, int]
 
 @pytest.fixture
 async def store(url) -> AsyncIterator[StreamStore]:
-    store = StreamStore(Standalone(parse_url(url)), Telemetry())
+    store = backend_at(parse_url(url)).store(Telemetry())
     yield store
     await store.close()
 
@@ -65,31 +69,38 @@ _IDS = """
 
 async def ids(store: StreamStore) -> list[Id]:
     """Every id of the stream, without the weight of the entries."""
-    return list(map(as_id, (await store.commands.call("EVAL", _IDS, 1, S0)).split()))
+    if isinstance(store, MemoryStore):
+        return [as_id(i) for i, _ in await raw(store, "XRANGE", S0, "-", "+")]
+    return list(map(as_id, (await raw(store, "EVAL", _IDS, 1, S0)).split()))
 
 
 async def length(store: StreamStore) -> int:
-    return int(await store.commands.call("XLEN", S0))
+    return int(await raw(store, "XLEN", S0))
 
 
 async def read(store: StreamStore, group: str, consumer: str, count: int) -> list[Id]:
-    reply = await store.commands.call(
-        "XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", S0, ">"
+    reply = await raw(
+        store, "XREADGROUP", "GROUP", group, consumer, "COUNT", count, "STREAMS", S0, ">"
     )
     return [as_id(row[0]) for row in reply[0][1]] if reply else []
 
 
 async def ack(store: StreamStore, group: str, entries: Iterable[Id]) -> None:
-    await store.commands.call("XACK", S0, group, *map(text, entries))
+    await raw(store, "XACK", S0, group, *map(text, entries))
 
 
 async def pending(store: StreamStore, group: str = G) -> list[Id]:
-    return [as_id(r[0]) for r in await store.commands.call("XPENDING", S0, group, "-", "+", 10_000)]
+    return [as_id(r[0]) for r in await raw(store, "XPENDING", S0, group, "-", "+", 10_000)]
 
 
 @asynccontextmanager
 async def nodes_of(server: EmbeddedServer, entries: int, size: int) -> AsyncIterator[None]:
     """Let the server pack its stream nodes otherwise: `~` trims whole nodes only."""
+    if isinstance(server, MemoryServer):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bus.streams.memory.room.NODE", entries or 100)
+            yield
+        return
     wanted = {"stream-node-max-entries": entries, "stream-node-max-bytes": size}
     before = {n: ask(server, "CONFIG", "GET", n).split(b"\r\n")[4] for n in wanted}
     try:
@@ -114,7 +125,9 @@ class Tank:
         self._sequence += not again
         marks = self.limits
         limits = Limits(marks.keep, marks.slack, marks.most, drop_oldest)
-        return await self.store.append(S0, "p", self._sequence, [unit(s) for s in sizes], limits, 5)
+        return await self.store.append(
+            S0, "p", self._sequence, [unit(s) for s in sizes], sum(sizes), limits, 5
+        )
 
     async def fill(self) -> list[Id]:
         """Append single events until there is no room; return what is in the stream."""
@@ -225,7 +238,9 @@ class Walk:
         value = "x" * self.rnd.choice([1, 1, 50, 500])
         units = [unit(s, value) for s in sizes]
         self.sequence += 1
-        where = await self.store.append(S0, "p", self.sequence, units, limits, 5)
+        where = await self.store.append(
+            S0, "p", self.sequence, units, sum(u[0] for u in units), limits, 5
+        )
         old, new = self.present, ids_of(where)
         assert len(new) == where.events == sum(sizes[: where.units])
         assert not where.repeated
@@ -234,7 +249,9 @@ class Walk:
         for group in self.groups.values():
             group.undelivered += new
         if self.rnd.random() < 0.2:
-            again = await self.store.append(S0, "p", self.sequence, units, limits, 5)
+            again = await self.store.append(
+                S0, "p", self.sequence, units, sum(u[0] for u in units), limits, 5
+            )
             assert again.repeated == bool(where.units)
             assert (again.ms, again.events, again.units) == (where.ms, where.events, where.units)
         await self.check("append")
@@ -277,7 +294,7 @@ class Walk:
     async def go(self) -> None:
         name, _ = self._any()
         if name is not None:
-            await self.store.commands.call("XGROUP", "DESTROY", S0, name)
+            await raw(self.store, "XGROUP", "DESTROY", S0, name)
             del self.groups[name]
 
     async def read(self) -> None:
@@ -364,6 +381,7 @@ MANY_IDS = [
 ]
 
 
+@pytest.mark.servers_only("they are Lua's")
 async def test_ids_of_any_length_are_compared_by_their_numbers(store):
     script = """
         local lines = {}
@@ -374,19 +392,20 @@ async def test_ids_of_any_length_are_compared_by_their_numbers(store):
         end
         return lines
     """
-    lines = await store.commands.call("EVAL", _included("_trim") + script, 0, *MANY_IDS)
+    lines = await raw(store, "EVAL", _included("_trim") + script, 0, *MANY_IDS)
     numbers = [as_id(i) for i in MANY_IDS]
     for a, line in zip(numbers, lines, strict=True):
         assert line.decode() == "".join("<" if a < b else "." for b in numbers), a
 
 
+@pytest.mark.servers_only("they are Lua's")
 async def test_the_id_after_another_leaves_nothing_out(store):
     script = """
         local after_each = {}
         for i, a in ipairs(ARGV) do after_each[i] = after(a) end
         return after_each
     """
-    followers = await store.commands.call("EVAL", _included("_trim") + script, 0, *MANY_IDS)
+    followers = await raw(store, "EVAL", _included("_trim") + script, 0, *MANY_IDS)
     for (ms, low), follower in zip(map(as_id, MANY_IDS), map(as_id, followers), strict=True):
         # Where a number of the script cannot count on, the id itself: one entry more is kept.
         assert follower == ((ms, low + 1) if low < 2**53 else (ms, low))
@@ -397,7 +416,7 @@ async def test_sequences_beyond_what_lua_counts_are_trimmed_right(store, low):
     """Entries that another program added with ids of its own."""
     await store.create_groups([(S0, G, "0")])
     for n in range(8):
-        await store.commands.call("XADD", S0, f"5-{low + n}", "n", "x")
+        await raw(store, "XADD", S0, f"5-{low + n}", "n", "x")
     got = await read(store, G, "me", 6)
     await ack(store, G, (i for i in got if i != (5, low + 3)))
     limits = Limits(1, 1, 8)
@@ -415,10 +434,10 @@ async def test_sequences_beyond_what_lua_counts_are_trimmed_right(store, low):
 @pytest.mark.parametrize("jump_ms", [HOUR_MS, -HOUR_MS])
 async def test_a_clock_that_jumps_changes_nothing(store, jump_ms):
     """An id of the future is where the server goes on from; ids of the past are simply older."""
-    seconds, _ = await store.commands.call("TIME")
+    seconds, _ = await raw(store, "TIME")
     strange = (int(seconds) * 1000 + jump_ms, 3)
     await store.create_groups([(S0, G, "0")])
-    await store.commands.call("XADD", S0, text(strange), "n", "x")
+    await raw(store, "XADD", S0, text(strange), "n", "x")
     tank = Tank(store, keep=2, most=10)
     entries = await tank.fill()
     assert entries[0] == strange
@@ -512,7 +531,7 @@ async def test_one_append_trims_in_bounds_however_far_the_floor_has_moved(store)
     await store.create_groups([(S0, "dead", "0")])
     for _ in range(4):
         await wide.add(*[500] * 8)
-    await store.commands.call("XGROUP", "DESTROY", S0, "dead")
+    await raw(store, "XGROUP", "DESTROY", S0, "dead")
     lengths = [await length(store)]
     for _ in range(10):
         await wide.add(1)
@@ -558,7 +577,7 @@ async def test_the_floor_is_that_of_the_slowest_group(store):
     assert full.room.pinned is not None
     assert (full.room.pinned.group, full.room.pinned.pending) == ("slow", 0)
     assert full.room.pinned.undelivered in (7, None)
-    await store.commands.call("XGROUP", "DESTROY", S0, "slow")
+    await raw(store, "XGROUP", "DESTROY", S0, "slow")
     assert (await tank.add(6)).units == 1
     # What it could not use of the room for five, it did not take from the middle one.
     assert (await ids(store))[:6] == entries[6:]
@@ -579,7 +598,7 @@ async def test_what_is_parked_is_needed(store):
 async def test_a_ghost_pins_nothing_and_is_told(store):
     tank, entries = await pinned_tank(store, keep=1, most=10, held=10)
     await ack(store, G, entries[1:5])
-    await store.commands.call("XDEL", S0, text(entries[0]))
+    await raw(store, "XDEL", S0, text(entries[0]))
     taken = await tank.add(1, 4)
     assert (taken.units, taken.room.lost) == (2, {G: [text(entries[0])]})
     assert (await ids(store))[:5] == entries[5:], "what is still needed stays"
@@ -590,7 +609,7 @@ async def test_a_ghost_pins_nothing_and_is_told(store):
 async def test_many_ghosts_are_met_a_hundred_at_a_time(store):
     """Bounded work for one call; until all are found, they go on pinning."""
     tank, entries = await pinned_tank(store, keep=1, most=260, held=260)
-    await store.commands.call("XTRIM", S0, "MAXLEN", 10)
+    await raw(store, "XTRIM", S0, "MAXLEN", 10)
     found = []
     for expected in (100, 100, 50, 0):
         room = await store.room(S0, tank.limits, 260)
@@ -606,7 +625,7 @@ async def test_ghosts_of_one_group_uncover_the_floor_of_another(store):
     await store.create_groups([(S0, "other", "0")])
     await read(store, "other", "me", 4)
     await ack(store, "other", entries[:3])
-    await store.commands.call("XDEL", S0, text(entries[0]), text(entries[1]))
+    await raw(store, "XDEL", S0, text(entries[0]), text(entries[1]))
     await ack(store, G, entries[2:])
     full = await tank.add(4)
     assert (full.units, full.room.lost) == (0, {G: [text(entries[0]), text(entries[1])]})
@@ -643,10 +662,10 @@ async def test_a_batch_that_took_nothing_is_not_remembered(store):
     tank, entries = await pinned_tank(store, keep=1, most=20, held=10)
     await tank.add(1)
     memory = keys.producer(S0, "p")
-    before = await store.commands.call("GET", memory)
+    before = await raw(store, "GET", memory)
     full = await tank.add(3, 1)
     assert (full.ms, full.events, full.units) == ("", 0, 0)
-    assert await store.commands.call("GET", memory) == before
+    assert await raw(store, "GET", memory) == before
     await ack(store, G, entries[:10])
     again = await tank.add(3, 1, again=True)
     assert (again.repeated, again.units) == (False, 2)
@@ -656,7 +675,7 @@ async def test_a_batch_older_than_one_that_took_nothing_is_still_recognised(stor
     tank = Tank(store, keep=1, most=5)
     await store.create_groups([(S0, G, "0")])
     first = await tank.add(3, 2)
-    assert (await store.append(S0, "p", 2, [unit(1)], tank.limits, 5)).units == 0
+    assert (await store.append(S0, "p", 2, [unit(1)], 1, tank.limits, 5)).units == 0
     again = await tank.add(3, 2, again=True)
     assert (again.repeated, again[:4]) == (True, first[:4])
 

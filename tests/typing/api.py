@@ -2,21 +2,29 @@
 
 import sys
 from collections.abc import AsyncGenerator, Awaitable
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 from bus import (
     Backlog,
     Backoff,
     Breaker,
     Bus,
+    Channel,
+    ChannelGap,
+    ChannelTail,
     DeadLettered,
     DeadLetters,
     Delivery,
     Envelope,
     Event,
     Handler,
+    Hook,
+    HookRejected,
     Letter,
+    Observed,
+    Observer,
     Purged,
     Receipt,
     Redriven,
@@ -31,6 +39,7 @@ from bus import (
     event_handler,
     upcast,
 )
+from bus.testing import drained, published
 
 
 class Base(Event, topic="typing", key="shelf"):
@@ -172,6 +181,58 @@ async def follow(bus: Bus) -> None:
         assert_type(await anext(tail), Envelope)
 
 
+async def stream(bus: Bus, app: object) -> None:
+    """Publish to a channel, and follow it to its end or beyond a gap."""
+    channel = bus.channel("run", ttl=timedelta(hours=1), maxlen=100)
+    assert_type(channel, Channel)
+    assert_type(await channel.publish(event), Receipt)
+    await channel.end()
+    tail = channel.tail(after="5-0")
+    assert_type(tail, ChannelTail)
+    try:
+        async for envelope in tail:
+            assert_type(envelope, Envelope)
+    except ChannelGap as gap:
+        assert_type(gap.reason, Literal["trimmed", "restarted", "gone"])
+        assert_type(gap.first, str | None)
+    assert_type(tail.position, str | None)
+    async with bus.lifespan(app) as state:
+        assert_type(state, dict[str, Any])
+
+
+async def inside(bus: Bus) -> None:
+    """Observe, ask and publish from a thread."""
+
+    @bus.observe("typing.*", maxlen=5)
+    def look(event: BookAdded, receipt: Receipt | None) -> int:
+        return event.pages
+
+    assert_type(look(event, None), int)
+    assert_type(look.dropped + look.failed, int)
+    observer = bus.observe(BookAdded, count)
+    observer.close()
+    observers: list[Observer[..., Any]] = [look, observer, bus.observe("*", lambda event: None)]
+    assert_type(observers, list[Observer[..., Any]])
+    async with bus.observed("typing.*") as events:
+        assert_type(events, Observed)
+        async for seen in events:
+            assert_type(seen, Event)
+    bus.emit(event)
+
+    @bus.hook("hook.*", types=[BookAdded, "typing.*"], order=-1)
+    async def check(event: BookAdded) -> BookAdded | None:
+        if event.pages < 0:
+            raise HookRejected("a book has pages")
+        return None
+
+    assert_type(await check(event), BookAdded | None)
+    hook = bus.hook("hook.publish", lambda _, point: None, types=BookAdded)
+    assert_type(hook, Hook[..., Any])
+    hook.close()
+    assert_type(await bus.intervene("hook.before_adding", event), BookAdded)
+    assert_type(bus.publish_soon(event, event_id="e", source="s"), Future[Receipt])
+
+
 async def live() -> None:
     """Use the whole surface once."""
     async with Bus.connect("redis://localhost", topics=[topic], publish_timeout_s=5) as bus:
@@ -221,3 +282,6 @@ async def live() -> None:
         async with Worker(bus, handlers=[shelve, audit], only=["shelve"]) as worker:
             await worker.drained(timedelta(seconds=5).total_seconds())
         await bus.redis.get("key")
+        assert_type(await published(bus, BookAdded), list[BookAdded])
+        assert_type(await published(bus, "typing.*", BookAdded), list[Event])
+        assert_type(await drained(bus, shelve, audit, dead=True), list[Letter])

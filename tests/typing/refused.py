@@ -78,3 +78,8 @@ async def live(bus: Bus, delivery: Delivery[Loaned]) -> None:
     delivery.event.nothing  # type: ignore[attr-defined]  # noqa: B018
     Worker(bus, [blocking, remind.call])  # type: ignore[list-item]
     Backoff(first_s=1)  # type: ignore[call-arg]
+    bus.observe(5, print)  # type: ignore[call-overload]
+    bus.emit("an event")  # type: ignore[arg-type]
+    bus.hook("hook.publish", 5)  # type: ignore[call-overload]
+    await bus.intervene("hook.publish", "an event")  # type: ignore[type-var]
+    bus.publish_soon(Loaned(book_id="b"), key="k")  # type: ignore[call-arg]

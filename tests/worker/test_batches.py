@@ -492,14 +492,14 @@ async def test_what_is_put_back_is_not_decoded_again(
 ) -> None:
     consumer = _consumer(bus, batch=3, batch_wait_ms=LONG_MS)
     now = asyncio.get_running_loop().time()
-    triage = consumer._executor.triage
+    triage = consumer.executor.triage
     looked_at: list[Delivery[Any]] = []
 
     def counted(delivery: Delivery[Any]) -> Any:
         looked_at.append(delivery)
         return triage(delivery)
 
-    monkeypatch.setattr(consumer._executor, "triage", counted)
+    monkeypatch.setattr(consumer.executor, "triage", counted)
     first, second, third = (_delivery(consumer, n, now) for n in range(3))
     consumer.holding.buffer.extend([first, second])
     assert consumer._take(now) == []

@@ -18,7 +18,7 @@ from bus.streams.connection import ConnectionLost
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from bus.worker.commits import Commits, together
-from bus.worker.hand import Hand, Pause
+from bus.worker.hand import Cooldown, Hand
 from tests.witness import Witness, eventually
 from tests.worker.events import STREAM, Asked
 
@@ -237,7 +237,7 @@ async def test_effects_are_sent_until_they_are_known_to_be_in(
 async def test_acks_are_not_held_up_by_effects_that_cannot_be_applied(
     bus: Bus, backend: Backend, witness: Witness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def for_ever(self: Pause, *, ok: bool) -> None:
+    def for_ever(self: Cooldown, *, ok: bool) -> None:
         self.until = 0.0 if ok else float("inf")
 
     mended = False
@@ -249,7 +249,7 @@ async def test_acks_are_not_held_up_by_effects_that_cannot_be_applied(
         return await inner(*args)
 
     monkeypatch.setattr(StreamStore, "commit", refused)
-    monkeypatch.setattr(Pause, "after", for_ever)
+    monkeypatch.setattr(Cooldown, "after", for_ever)
 
     @event_handler(Asked, group="g")
     async def handle(event: Asked, delivery: Delivery[Asked]) -> None:

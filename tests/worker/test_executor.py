@@ -26,7 +26,7 @@ from bus.delivery import (
     current_delivery,
 )
 from bus.streams.codec import envelope_of
-from bus.worker.executor import Executor, Slot, SlotTask, absorb_cancellation, failure_of
+from bus.worker.executor import Executor, Slot, SlotTask, Suspended, absorb_cancellation, failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -83,11 +83,17 @@ class Run:
         self.slot = Slot()
         self.verdict: Verdict | None = None
 
+    async def call(self) -> Verdict:
+        ended = self.executor.begin(self.slot, self.delivery)
+        if isinstance(ended, Suspended):
+            ended = await self.executor.finish(self.slot, self.delivery, ended)
+        return ended
+
     async def _body(self) -> None:
         assert self.executor.triage(self.delivery) is None
         self.slot.delivery = self.delivery
         self.slot.started_at = asyncio.get_running_loop().time()
-        self.verdict = await self.executor.call(self.slot, self.delivery)
+        self.verdict = await self.call()
         self.slot.started_at = 0.0
         assert self.slot.task is not None
         if self.slot.task.cancelling():
@@ -352,7 +358,7 @@ async def test_context_variables_do_not_leak_from_call_to_call() -> None:
 
     async def twice() -> None:
         for _ in range(2):
-            await run.executor.call(run.slot, run.delivery)
+            await run.call()
         seen.append(colour.get())
 
     run = Run(handler)
@@ -404,7 +410,7 @@ async def test_closing_a_slot_closes_its_handler() -> None:
 
     run = Run(handler)
     run.executor.triage(run.delivery)
-    call = run.executor.call(run.slot, run.delivery)
+    call = run.call()
     call.send(None)
     call.close()
     assert closed == [True]

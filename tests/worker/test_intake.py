@@ -61,6 +61,20 @@ async def test_a_read_never_asks_for_more_than_the_bound(
     assert max(counts) <= READ_COUNT
 
 
+async def test_slots_that_need_longer_to_wake_than_a_turn_lasts_do_their_work(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thousands of them, or a slow machine: the time of a turn is not that of waking them."""
+    monkeypatch.setattr("bus.worker.turn.SLOT_TURN_S", 1e-6)
+
+    @event_handler(Asked, group="g", concurrency=50)
+    async def read(event: Asked) -> None: ...
+
+    async with Worker(bus, [read]) as worker:
+        await bus.publish_many([Asked(n=n) for n in range(200)])
+        await worker.drained()
+
+
 async def test_the_wanted_number_is_shared_by_the_streams(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,5 +229,5 @@ async def test_inboxes_that_were_empty_are_listed_seldom_by_reads_that_do_not_bl
     assert all(inboxes for _, block_ms, inboxes in listed if block_ms)
     quick = [(at, inboxes) for at, block_ms, inboxes in listed if not block_ms]
     with_inboxes = [at for at, inboxes in quick if inboxes]
-    assert len(with_inboxes) < len(quick) / 4
-    assert all(b - a >= 0.05 for a, b in pairwise(with_inboxes))
+    assert len(with_inboxes) < len(quick) / 2
+    assert all(b - a >= 0.04 for a, b in pairwise(with_inboxes))

@@ -3,6 +3,9 @@
 -- ARGV  1 sequence of the batch  2 seconds to remember it  3 keep  4 slack  5 most entries
 --       6 1 to drop the oldest entries when it is full  7 number of units  8 number of events
 --       then per unit: number of events; per event: number of arguments, field, value, ...
+--       or, of events with no more than id, type, data, and a key: '=' and type, id, data, or '+'
+--       and type, id, data, key, of one event; '*' and their number, their type, and id, data of
+--       each, or '#' and their number, their type, and id, data, key of each
 -- Returns {id of the first event, events, units taken, 1 if this repeats a batch already appended,
 --         room left}, and after a look for room {..., who pins it, lost, dropped}. Event n (from 0)
 --         has the id `ms-(seq + n)` of the first. With no unit taken the id is '' and nothing is
@@ -15,11 +18,12 @@
 local seq = tonumber(ARGV[1])
 local memory = redis.call('GET', KEYS[2])
 if memory then
-  local last, first, events, units = string.match(memory, '^(%d+) (%S+) (%d+) (%d+)$')
-  if seq == tonumber(last) then
+  local last = tonumber(string.match(memory, '^%d+'))
+  if seq == last then
+    local first, events, units = string.match(memory, ' (%S+) (%d+) (%d+)$')
     return {first, tonumber(events), tonumber(units), 1, -1}
   end
-  if seq < tonumber(last) then
+  if seq < last then
     return redis.error_reply('STALE batch ' .. ARGV[1] .. ', the last one was ' .. last)
   end
 end
@@ -27,20 +31,43 @@ local keep, slack, most = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]
 local units, total = tonumber(ARGV[7]), tonumber(ARGV[8])
 local stream, overrun, drop, length, found = KEYS[1], KEYS[3], ARGV[6], nil, nil
 -- include _look
-local at, events, taken, first, ms, low = 9, 0, 0, nil, nil, nil
+local at, events, taken, first, low, prefix = 9, 0, 0, nil, nil, nil
 while taken < units do
-  local in_unit = tonumber(ARGV[at])
+  local form = ARGV[at]
+  local one = form == '=' or form == '+'
+  local many = form == '*' or form == '#'
+  local in_unit = one and 1 or tonumber(many and ARGV[at + 1] or form)
   if length + in_unit > most then break end
-  at = at + 1
+  local keyed, kind = form == '+' or form == '#', nil
+  if one then
+    kind, at = ARGV[at + 1], at + 2
+  elseif many then
+    kind, at = ARGV[at + 2], at + 3
+  else
+    at = at + 1
+  end
   for _ = 1, in_unit do
-    local n = tonumber(ARGV[at])
-    if first then
-      -- With '*' throughout, ids are not contiguous on 6.2 and 7.0: the clock may tick inside.
-      redis.call('XADD', KEYS[1], ms .. string.format('-%.0f', low + events),
-        unpack(ARGV, at + 1, at + n))
+    -- With '*' throughout, ids are not contiguous on 6.2 and 7.0: the clock may tick inside.
+    local id = '*'
+    if low then
+      id = low + events -- a number of less than 15 digits becomes text as it is
+      id = prefix .. (id < 1e14 and id or string.format('%.0f', id))
+    end
+    if keyed then
+      id = redis.call('XADD', KEYS[1], id, 'id', ARGV[at], 'type', kind, 'data', ARGV[at + 1],
+        'partitionkey', ARGV[at + 2])
+      at = at + 3
+    elseif kind then
+      id = redis.call('XADD', KEYS[1], id, 'id', ARGV[at], 'type', kind, 'data', ARGV[at + 1])
+      at = at + 2
     else
-      first = redis.call('XADD', KEYS[1], '*', unpack(ARGV, at + 1, at + n))
-      ms, low = string.match(first, '^(%d+)-(%d+)$')
+      local n = tonumber(ARGV[at])
+      id = redis.call('XADD', KEYS[1], id, unpack(ARGV, at + 1, at + n))
+      at = at + n + 1
+    end
+    if not low then
+      first = id
+      prefix, low = string.match(first, '^(%d+%-)(%d+)$')
       low = tonumber(low)
       if low > 4503599627370496 then
         redis.call('XDEL', KEYS[1], first)
@@ -48,13 +75,13 @@ while taken < units do
       end
     end
     events = events + 1
-    at = at + n + 1
   end
   length = length + in_unit
   taken = taken + 1
 end
 if taken > 0 then
-  redis.call('SET', KEYS[2], table.concat({ARGV[1], first, events, taken}, ' '), 'EX', ARGV[2])
+  local remembered = ARGV[1] .. ' ' .. first .. ' ' .. events .. ' ' .. taken
+  redis.call('SET', KEYS[2], remembered, 'EX', ARGV[2])
 end
 local answer = {first or '', events, taken, 0, most - length}
 if found then

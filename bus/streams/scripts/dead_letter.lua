@@ -1,5 +1,5 @@
 -- dead_letter: move deliveries that are still this worker's to the group's dead letters.
--- KEYS  1 stream or inbox  2 dead-letter stream
+-- KEYS  1 stream or inbox  2 dead-letter stream  3 a lease, if nothing is done while there is one
 -- ARGV  1 group  2 consumer  3 most dead letters to keep, 0 for no limit
 --       then per entry: id, number of arguments, field, value, ...
 -- Returns per entry 1, 0 if it was not this worker's, or 2 if the dead letters are full: nothing
@@ -15,7 +15,10 @@ while at <= #ARGV do
 end
 local most = tonumber(ARGV[3])
 local room = most > 0 and most - redis.call('XLEN', KEYS[2]) or math.huge
-local mine, answer = owned(KEYS[1], ARGV[1], ARGV[2], ids), {}
+local mine, answer = {}, {}
+if not KEYS[3] or redis.call('EXISTS', KEYS[3]) == 0 then
+  mine = owned(KEYS[1], ARGV[1], ARGV[2], ids)
+end
 local time = redis.call('TIME')
 local now = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
 for i, id in ipairs(ids) do

@@ -385,7 +385,7 @@ def test_an_upcast_that_raises_is_named_with_the_line_and_without_its_text(creat
     line = broken.__code__.co_firstlineno + 1
     assert failing(created, broken) == (
         "up.created version 2, read as version 3: the upcast from version 2"
-        f" ({broken.__qualname__}) raised ValueError at test_upcast.py:{line}"
+        f" ({broken.__qualname__}) raised ValueError at test_upcasts.py:{line}"
     )
 
 
@@ -394,7 +394,7 @@ def test_the_line_is_that_of_the_step_not_of_what_it_calls(created):
         return {"doc": UUID(data["id"]), "title": ""}
 
     line = broken.__code__.co_firstlineno + 1
-    assert failing(created, broken).endswith(f"raised ValueError at test_upcast.py:{line}")
+    assert failing(created, broken).endswith(f"raised ValueError at test_upcasts.py:{line}")
 
 
 def test_an_upcast_that_is_no_python_function_is_named_all_the_same(created):

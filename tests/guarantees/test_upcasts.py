@@ -142,7 +142,7 @@ async def test_what_an_upcast_cannot_take_is_a_dead_letter_until_it_can(
         assert "the upcast from version 2 (sides_are_counted) raised" in said
         assert "secret" not in str(letter) + str(witness.seen)
         (dead,) = [dead async for dead in bus.dead_letters("ears")]
-        with pytest.raises(Undecodable, match=f"raised {type(error).__name__} at test_upcast.py"):
+        with pytest.raises(Undecodable, match=f"raised {type(error).__name__} at test_upcasts.py"):
             _ = dead.event
 
         fault.raises = None  # the next release

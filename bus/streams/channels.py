@@ -1,0 +1,134 @@
+"""The verbs of channels: short-lived streams, a key each. Errors: as of `stream.py`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bus.streams.answers import Appended, Limits, Room
+from bus.streams.archive import Archive
+from bus.streams.codec import Fields, locate
+from bus.streams.connection import Answer, Arg, Connection
+from bus.streams.replies import ReplyError, row_of
+from bus.streams.results import appended
+from bus.streams.script import Script
+
+END_TYPE = "bus.channel_ended"  # of the entry behind which nothing comes
+_append = Script("channel_append")
+
+
+class ChannelState(NamedTuple):
+    """What a channel looks like now.
+
+    first, last: ids of its oldest and newest entry, b"" without entries. ended: whether the newest
+    is the end marker. trimmed: whether entries are gone, as far as the server knows (6.2 does not).
+    expires_ms: until it expires, None if it does not.
+    """
+
+    first: bytes
+    last: bytes
+    ended: bool
+    trimmed: bool
+    expires_ms: int | None
+
+
+class ChannelAppends:
+    """Appends to channels that expire `ttl_ms` after it: what a `Sender` needs of a store."""
+
+    def __init__(self, connection: Connection, ttl_ms: int) -> None:
+        self._connection = connection
+        self._ttl_ms = ttl_ms
+
+    def append_soon(
+        self,
+        stream: str,
+        publisher: str,  # noqa: ARG002 - a repeat is known by the ids of its events
+        sequence: int,  # noqa: ARG002 - as above
+        units: Sequence[list[Arg]],
+        events: int,
+        limits: Limits,
+        timeout_s: float,
+        *,
+        answer: Answer,
+        at_once: bool,
+    ) -> None:
+        """Append events; behind an end marker none. `channel_append.lua`; an XADD each and 3 us.
+
+        units: of one event each, see `forms.unit_of`. events: how many. The oldest above
+        `limits.most` go. What `answer` is told is for `appended`, with ENDED as an error of its
+        own. at_once: nothing else is published in this turn.
+        """
+        args = self._args(units, events, limits, again=False)
+        packed = _append.packed((stream,), args)
+        self._connection.submit_for(answer, packed, 1, timeout_s, at_once=at_once)
+
+    async def append(
+        self,
+        stream: str,
+        publisher: str,  # noqa: ARG002 - as above
+        sequence: int,  # noqa: ARG002 - as above
+        units: Sequence[list[Arg]],
+        events: int,
+        limits: Limits,
+        timeout_s: float,
+    ) -> Appended:
+        """Do the same for a batch that may be in already, and wait for the answer.
+
+        It is looked for from the end of the channel on, at worst in all of it: 0.5 us an entry.
+        """
+        args = self._args(units, events, limits, again=True)
+        return appended([await _append.run(self._connection, (stream,), args, timeout_s)])
+
+    async def room(self, stream: str, limits: Limits, entries: int) -> Room:  # noqa: ARG002
+        """Return that there is room for all: a channel drops its oldest."""
+        return Room(limits.most, None, {})
+
+    def _args(
+        self, units: Sequence[list[Arg]], events: int, limits: Limits, *, again: bool
+    ) -> list[Arg]:
+        args: list[Arg] = [self._ttl_ms, limits.most, END_TYPE, 1 if again else 0, events]
+        for unit in units:
+            args += unit
+        return args
+
+
+class ChannelStore:
+    """The verbs over one server, on the connections for publishing and for looking back."""
+
+    def __init__(self, publishing: Connection, archive: Archive) -> None:
+        self._publishing = publishing
+        self._archive = archive
+
+    def appends(self, ttl_ms: int) -> ChannelAppends:
+        """Return the appends to channels that live so long."""
+        return ChannelAppends(self._publishing, ttl_ms)
+
+    async def look(self, channel: str) -> ChannelState | None:
+        """Return what a channel looks like, None if it is not there.
+
+        XINFO STREAM and PTTL, one write: the oldest and the newest entry come along.
+        Errors: WrongKeyType, PermissionDenied.
+        """
+        info, left_ms = await self._archive.look([("XINFO", "STREAM", channel), ("PTTL", channel)])
+        for reply in (info, left_ms):
+            if isinstance(reply, ReplyError):
+                if reply.code == "ERR" and "no such key" in reply.text:
+                    return None
+                raise reply.explained(channel)
+        row = row_of(info)
+        oldest, newest = row["first-entry"], row["last-entry"]
+        return ChannelState(
+            first=oldest[0] if oldest else b"",
+            last=row["last-generated-id"],
+            ended=bool(newest) and is_end(newest[1]),
+            trimmed=row.get("entries-added", row["length"]) > row["length"],
+            expires_ms=left_ms if left_ms >= 0 else None,
+        )
+
+
+def is_end(fields: list[bytes]) -> bool:
+    """Return whether an entry is an end marker."""
+    return locate(fields).type == END_TYPE.encode()
+
+
+def end_fields(event_id: str) -> Fields:
+    """Return the fields of an end marker."""
+    return ["id", event_id, "type", END_TYPE, "data", b"{}"]

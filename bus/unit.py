@@ -1,0 +1,93 @@
+"""What is published at once, and how a sender is told what became of it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from bus.errors import BusError, PublishRefused, PublishTimeout, PublishUnknown
+from bus.streams.answers import Appended, Limits, Room
+from bus.streams.connection import Answer, Arg
+from bus.streams.replies import REMEDIES, Reply, ReplyError
+
+
+class Unit:
+    """What is appended whole: its wire arguments and who waits for it."""
+
+    __slots__ = ("args", "bytes", "deadline", "events", "future")
+
+    def __init__(self, events: int, size: int, args: list[Arg], deadline: float) -> None:
+        self.events = events
+        self.bytes = size
+        self.args = args
+        self.deadline = deadline
+        self.future: asyncio.Future[tuple[str, int]] = asyncio.get_running_loop().create_future()
+
+
+class Appends(Protocol):
+    """The verbs by which a sender appends, to the streams of topics or to channels."""
+
+    def append_soon(
+        self,
+        stream: str,
+        publisher: str,
+        sequence: int,
+        units: Sequence[list[Arg]],
+        events: int,
+        limits: Limits,
+        timeout_s: float,
+        *,
+        answer: Answer,
+        at_once: bool,
+    ) -> None:
+        """Append units, at most once, and tell `answer`. See `StreamStore.append_soon`."""
+
+    async def append(
+        self,
+        stream: str,
+        publisher: str,
+        sequence: int,
+        units: Sequence[list[Arg]],
+        events: int,
+        limits: Limits,
+        timeout_s: float,
+    ) -> Appended:
+        """Do the same, perhaps again, and wait for the answer."""
+
+    async def room(self, stream: str, limits: Limits, entries: int) -> Room:
+        """Say how much fits."""
+
+
+class Told:
+    """Hands a sender what its call was answered, without another turn of the loop."""
+
+    __slots__ = ("exception", "set_exception", "set_result")
+
+    def __init__(
+        self, answered: Callable[[list[Reply]], None], failed: Callable[[BusError], None]
+    ) -> None:
+        self.set_result = answered
+        self.set_exception = failed
+        self.exception = lambda: None
+
+    def done(self) -> bool:
+        """Whether nobody wants to know any more."""
+        return False
+
+
+def too_late(
+    stream: str,
+    unknown: bool,  # noqa: FBT001 - the question that matters
+    cause: Exception | None = None,
+) -> BusError:
+    """Return what a caller is told whose time is up; unknown: whether the event may be in."""
+    why = f" ({cause})" if cause is not None else ""
+    if unknown:
+        return PublishUnknown(
+            f"no answer from {stream} in time{why}: the event may have been published;"
+            " publish it again only if handlers tolerate it twice"
+        )
+    text = f"the server did not take it into {stream} in time{why}"
+    if isinstance(cause, ReplyError):
+        remedy = REMEDIES.get(cause.code, "")
+        return PublishRefused(f"{text}: the event was not published{remedy}", cause.code)
+    return PublishTimeout(f"{text}: the event was not published")

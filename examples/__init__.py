@@ -1,0 +1,1 @@
+"""Short applications; each says in its head how it is run."""

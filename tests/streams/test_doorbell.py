@@ -1,0 +1,242 @@
+"""Many idle handlers wait at one connection: nobody sleeps through a ring, none is in vain."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bus import Bus, Worker, event_handler
+from bus.streams import doorbell
+from bus.streams.address import parse_url
+from bus.streams.answers import Limits
+from bus.streams.replies import ReplyError
+from bus.streams.server import Standalone
+from bus.streams.stream import StreamStore
+from bus.telemetry import Telemetry
+from tests.servers import ask
+from tests.streams.test_stream import unit, until_blocked
+from tests.witness import eventually
+from tests.worker.events import Asked
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from bus.streams.reader import Reads
+    from tests.conftest import PrivateServer
+
+A, B = "bus:{bell:0}", "bus:{bell:1}"
+WIDE = Limits(keep=100_000, slack=1_000, most=1_000_000)
+FOR_EVER_MS = 60_000  # a reader that sleeps through a ring is found out by the test's own timeout
+
+
+@pytest.fixture
+async def store(valkey_url: str) -> AsyncIterator[StreamStore]:
+    store = StreamStore(Standalone(parse_url(valkey_url)), Telemetry())
+    yield store
+    await store.close()
+
+
+class Desk:
+    """Readers of groups g0, g1, ... at one doorbell."""
+
+    def __init__(self, store: StreamStore, count: int) -> None:
+        self.groups = [f"g{n}" for n in range(count)]
+        self.readers: list[Reads] = store.readers(self.groups)
+        self._store = store
+        self._sequence = 0
+
+    async def make_groups(self, *streams: str) -> None:
+        await self._store.create_groups([(s, g, "0") for s in streams for g in self.groups])
+
+    def read(self, n: int, *streams: str) -> asyncio.Task[Any]:
+        reading = self.readers[n].read(self.groups[n], "me", streams, 100, FOR_EVER_MS)
+        return asyncio.create_task(reading)
+
+    async def append(self, stream: str, *values: str) -> None:
+        self._sequence += 1
+        await self._store.append(stream, "p", self._sequence, [unit(*values)], len(values), WIDE, 5)
+
+
+@pytest.fixture
+async def desk(store: StreamStore) -> AsyncIterator[Desk]:
+    desk = Desk(store, 20)
+    yield desk
+    for reader in desk.readers:
+        await reader.close()
+
+
+async def calls(url: str, command: str) -> int:
+    """How often the server has run a command."""
+    import redis.asyncio  # noqa: PLC0415
+
+    async with redis.asyncio.Redis.from_url(url) as client:
+        stats = await client.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+def values(found: list[tuple[str, list[Any]]]) -> list[bytes]:
+    return [fields[1] for _, entries in found for _, fields in entries]
+
+
+async def test_one_event_wakes_every_group_of_its_stream_and_no_other(desk, shared_server) -> None:
+    server = shared_server("valkey-9.1")
+    await desk.make_groups(A, B)
+    here = [desk.read(n, A) for n in range(10)]
+    there = [desk.read(n, B) for n in range(10, 20)]
+    await until_blocked(server)
+    await desk.append(A, "x")
+    assert [values(f) for f in await asyncio.gather(*here)] == [[b"x"]] * 10
+    assert not any(task.done() for task in there)
+    await desk.append(B, "y")
+    assert [values(f) for f in await asyncio.gather(*there)] == [[b"y"]] * 10
+
+
+async def test_twenty_readers_are_two_connections(desk, valkey_url, shared_server) -> None:
+    await desk.make_groups(A)
+    reads = [desk.read(n, A) for n in range(20)]
+    await until_blocked(shared_server("valkey-9.1"))
+    clients = ask(shared_server("valkey-9.1"), "CLIENT", "LIST").decode()
+    assert sum("cmd=xread" in line for line in clients.splitlines()) == 2, clients
+    await desk.append(A, "x")
+    await asyncio.gather(*reads)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_nobody_sleeps_through_an_event(desk, store, seed) -> None:
+    """Events come at every moment of reading, waiting, learning and arming."""
+    chance = random.Random(seed)
+    await desk.make_groups(A, B)
+    count = 150
+    got: list[list[bytes]] = [[] for _ in desk.groups]
+
+    async def follow(n: int) -> None:
+        streams = [[A], [B], [A, B]][n % 3]
+        while len(got[n]) < count * len(streams):
+            got[n] += values(await desk.read(n, *streams))
+            for _ in range(chance.randrange(4)):
+                await asyncio.sleep(0)
+
+    readers = [asyncio.create_task(follow(n)) for n in range(len(desk.groups))]
+    for n in range(count):
+        for stream in (A, B) if chance.random() < 0.5 else (B, A):
+            await desk.append(stream, str(n))
+            for _ in range(chance.randrange(12)):
+                await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.gather(*readers), 30)
+    expected = sorted(str(n).encode() for n in range(count))
+    for n, mine in enumerate(got):
+        assert sorted(mine) == (expected if n % 3 < 2 else sorted(expected * 2))
+
+
+async def test_a_stream_that_is_added_while_others_wait_rings_too(desk, shared_server) -> None:
+    await desk.make_groups(A, B)
+    first = desk.read(0, A)
+    await until_blocked(shared_server("valkey-9.1"))
+    second = desk.read(1, B)
+    await eventually(lambda: B in desk.readers[0]._bell._armed)
+    await desk.append(B, "y")
+    assert values(await asyncio.wait_for(second, 5)) == [b"y"]
+    await desk.append(A, "x")
+    assert values(await asyncio.wait_for(first, 5)) == [b"x"]
+
+
+async def test_a_busy_stream_rings_for_nobody(desk, valkey_url, shared_server) -> None:
+    """The bell is not rung for each event of a stream whose groups are all at work."""
+    await desk.make_groups(A, B)
+    idle = desk.read(0, A)
+    busy = desk.read(1, B)
+    await until_blocked(shared_server("valkey-9.1"))
+    await desk.append(B, "first")
+    await busy
+    before = await calls(valkey_url, "xread")
+    for n in range(50):
+        await desk.append(B, str(n))
+    assert await calls(valkey_url, "xread") - before <= 2
+    assert len(values(await desk.read(1, B))) == 50
+    late = desk.read(1, B)
+    await eventually(lambda: B in desk.readers[0]._bell._armed)
+    await desk.append(B, "last")
+    assert values(await late) == [b"last"]
+    await desk.append(A, "x")
+    assert values(await idle) == [b"x"]
+
+
+async def test_where_ids_may_not_be_asked_streams_are_added_soon(
+    desk, store, shared_server, monkeypatch
+) -> None:
+    """Without CLIENT ID nothing can end the wait, so it ends by itself, often."""
+    monkeypatch.setattr(doorbell, "_BLOCK_MS_UNNAMED", 30)
+    await desk.make_groups(A, B)
+    desk.readers[0]._bell._waiting.client_id = 0
+    first, second = desk.read(0, A), None
+    await until_blocked(shared_server("valkey-9.1"))
+    desk.readers[0]._bell._waiting.client_id = 0
+    second = desk.read(1, B)
+    await desk.append(B, "y")
+    assert values(await asyncio.wait_for(second, 5)) == [b"y"]
+    await desk.append(A, "x")
+    assert values(await asyncio.wait_for(first, 5)) == [b"x"]
+
+
+async def test_a_key_of_another_type_is_told_to_all_who_wait(desk, shared_server) -> None:
+    await desk.make_groups(A)
+    reads = [desk.read(n, A) for n in range(3)]
+    await until_blocked(shared_server("valkey-9.1"))
+    ask(shared_server("valkey-9.1"), "DEL", A)
+    ask(shared_server("valkey-9.1"), "SET", A, "text")
+    bell = desk.readers[0]._bell
+    bell._watched.add(B)
+    reads.append(desk.read(3, A))  # ... and another asks
+    errors = await asyncio.wait_for(asyncio.gather(reads[3], return_exceptions=True), 5)
+    assert [e.code for e in errors if isinstance(e, ReplyError)] == ["WRONGTYPE"]
+    for task in reads[:3]:
+        task.cancel()
+    await asyncio.gather(*reads, return_exceptions=True)
+    ask(shared_server("valkey-9.1"), "DEL", A)
+    await desk.make_groups(A)
+    again = desk.read(4, A)
+    await desk.append(A, "x")
+    assert values(await asyncio.wait_for(again, 5)) == [b"x"]
+
+
+# --- a worker with many handlers
+
+
+def many(seen: list[tuple[str, int]], count: int = 12) -> list[Any]:
+    def handler(group: str) -> Any:
+        async def see(event: Asked) -> None:
+            seen.append((group, event.n))
+
+        return event_handler(Asked, group=group)(see)
+
+    return [handler(f"many{n}") for n in range(count)]
+
+
+async def test_a_worker_with_many_handlers_survives_its_server(
+    private_server: PrivateServer,
+) -> None:
+    """What was read and never answered is recovered; what waits at the bell wakes again."""
+    server = private_server(aof=True)
+    seen: list[tuple[str, int]] = []
+    async with Bus.connect(server.url) as bus, Worker(bus, many(seen)) as worker:
+        await bus.publish(Asked(n=0))
+        await worker.drained()
+        for n in (1, 2):
+            server.kill()
+            server.restart()
+            await bus.publish(Asked(n=n))
+            await worker.drained()
+        assert sorted(set(seen)) == sorted((f"many{g}", n) for g in range(12) for n in range(3))
+
+
+async def test_a_worker_with_many_handlers_mends_groups_that_were_deleted(valkey_url) -> None:
+    seen: list[tuple[str, int]] = []
+    async with Bus.connect(valkey_url) as bus, Worker(bus, many(seen)) as worker:
+        await bus.publish(Asked(n=0))
+        await worker.drained()
+        await bus.redis.flushall()
+        await bus.publish(Asked(n=1))
+        await eventually(lambda: len(set(seen)) == 24, timeout_s=15)
