@@ -242,8 +242,7 @@ class _Run:
         after = {stream: place.read.encode() for stream, place in places.items() if place.read}
         unmet = {stream: place.first.encode() for stream, place in places.items() if not place.read}
         most = min(self._throttle.most, self._destination.most)
-        left = self._left()
-        if not left:
+        if self._left() <= 0:
             return
         past = merged(
             self._store, bounds, on_gap=self._note_gap, after=after, patience_s=REPLAY_PATIENCE_S
@@ -257,10 +256,11 @@ class _Run:
                 if self._takes(stream, entry):
                     self.counts.matched += 1
                     self._hold(stream, entry)
-                    if self._held >= min(most, left) or self._held_bytes >= BATCH_BYTES // 2:
+                    full = self._held >= most or self._held_bytes >= BATCH_BYTES // 2
+                    if full or self._left() <= 0:
                         await self._flush()
-                        left = self._left()
-                        if not left:
+                        # Something held may not have been there to be put, and leave room.
+                        if self._left() <= 0:
                             return
                 if self.counts.read % _LOOK_EVERY == 0:
                     await self._look_at_the_clock()
@@ -280,11 +280,13 @@ class _Run:
         )
 
     def _left(self) -> float:
-        """Return how many more may be replayed."""
-        limit, done = self._wanted.limit, self.counts.replayed
+        """Return how many more may be taken, beside those that are held."""
+        limit = self._wanted.limit
         if limit is None:
             return float("inf")
-        return limit - (self._before + self.counts.matched if self._wanted.dry_run else done)
+        if self._wanted.dry_run:  # nothing is put: what matched is counted
+            return limit - self._before - self.counts.matched
+        return limit - self.counts.replayed - self._held
 
     def _takes(self, stream: str, entry: RawEntry) -> bool:
         """Return whether an entry is asked for; what is no event, or not readable, is told."""

@@ -568,6 +568,15 @@ async def test_what_was_done_in_all_sessions_is_counted(
     assert await hall.in_inbox() == list(range(3_000))
 
 
+async def test_a_limit_holds_when_the_clock_asks_for_less_than_a_batch(hall: Hall) -> None:
+    """The first look at the clock, after 64 entries, puts what is held: it counts."""
+    await hall.publish(500)
+    said = await hall.bus.replay("lore", to="index", dry_run=True, limit=100)
+    assert (said.read, said.matched) == (100, 100)
+    done = await hall.bus.replay("lore", to="index", limit=100)
+    assert done.replayed == len(await hall.inbox()) == 100
+
+
 async def test_a_limit_holds_over_all_sessions(hall: Hall, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     await hall.publish(2_000)
