@@ -35,7 +35,8 @@ class Doorbell:
         self._commands = commands  # what ends the wait
         self._readers: set[SharedReader] = set()
         self._newest: dict[str, _Id] = {}
-        self._waiters: dict[asyncio.Future[bool], Sequence[str]] = {}
+        # Who waits, for which streams, and up to where each of these was known to be had.
+        self._waiters: dict[asyncio.Future[bool], tuple[Sequence[str], list[_Id | None]]] = {}
         self._watched: set[str] = set()  # streams for which somebody waits, or did just now
         self._armed: frozenset[str] = frozenset()  # those that the server is watching
         self._watch: asyncio.Future[list[Reply]] | None = None  # while it does
@@ -87,14 +88,13 @@ class Doorbell:
         if heard != self.heard(streams):
             future.set_result(True)
             return future
-        self._waiters[future] = streams
+        self._waiters[future] = streams, heard
         self._watched.update(streams)
         if self._ringing is None:
             self._ringing = loop.create_task(self._ring(), name="doorbell")
             return future
-        watch = self._watch
-        if watch is not None and self._rearming is None and not self._armed.issuperset(streams):
-            self._rearming = loop.create_task(self._rearm(watch), name="doorbell again")
+        if self._rearming is None and self._misses_some():
+            self._rearming = loop.create_task(self._rearm(), name="doorbell again")
         return future
 
     def give_up(self, future: "asyncio.Future[bool]") -> None:
@@ -126,6 +126,10 @@ class Doorbell:
         if self._waiting.client_id is None:  # known before anything can block
             (identity,) = await self._waiting.submit(pack(("CLIENT", "ID")))
             self._waiting.client_id = identity if isinstance(identity, int) else 0
+        # What others read while nothing watched a stream is behind what is watched from now on.
+        behind = [f for f, (streams, had) in self._waiters.items() if had != self.heard(streams)]
+        for future in self._taken(behind):
+            future.set_result(True)
         self._armed = frozenset(self._watched)
         ids = [f"{ms}-{seq}" for ms, seq in map(self._newest.__getitem__, self._armed)]
         # Where the access list forbids asking, nothing can end it to add a stream.
@@ -139,7 +143,7 @@ class Doorbell:
             self._watch = None
         for stream, entries in entries_of(replies):
             self._hear(stream, entries[-1][0])
-            rung = self._taken([f for f, streams in self._waiters.items() if stream in streams])
+            rung = self._taken([f for f, (s, _) in self._waiters.items() if stream in s])
             for future in rung:
                 future.set_result(True)
             if not rung:  # they are busy: let it be until one comes back
@@ -157,21 +161,30 @@ class Doorbell:
             else:
                 self._hear(stream, row_of(reply)["last-generated-id"])
         found = set(streams)
-        for future in self._taken([f for f, s in self._waiters.items() if found.intersection(s)]):
+        for future in self._taken(
+            [f for f, (s, _) in self._waiters.items() if found.intersection(s)]
+        ):
             future.set_result(True)  # what came between its read and now, it has to look for
 
-    async def _rearm(self, watch: "asyncio.Future[list[Reply]]") -> None:
+    def _misses_some(self) -> bool:
+        """Whether the server watches, but not all that it should; the next watch is of all."""
+        return self._watch is not None and not self._armed.issuperset(self._watched)
+
+    async def _rearm(self) -> None:
         """End what the server watches, to watch more. CLIENT UNBLOCK; it takes nothing.
 
-        Repeated, because the watch may still have been on its way.
+        Repeated, because the watch may still have been on its way, and while that is found out,
+        another may have begun that misses what came meanwhile.
         """
         try:
-            while not watch.done() and self._waiting.client_id:
+            while self._misses_some() and self._waiting.client_id:
                 with contextlib.suppress(BusError):  # if that lasts, the watch ends by itself
                     await self._commands.submit(
                         pack(("CLIENT", "UNBLOCK", self._waiting.client_id)), 1
                     )
-                await asyncio.wait([watch], timeout=0.05)
+                if self._watch is not None and self._misses_some():
+                    await asyncio.wait([self._watch], timeout=0.05)
+                await asyncio.sleep(0)  # so that it is taken in, if it has ended
         finally:
             self._rearming = None
 

@@ -169,6 +169,11 @@ async def test_a_newer_version_waits_beside_them(backend: Backend) -> None:
         (told,) = await eventually(lambda: witness.of("delivery.postponed"))
         assert told["delay_s"] == UNKNOWN_TYPE_PARK_S
         assert "pressed.made version 4: known versions: [3]" in told["reason"]
+
+        async def alone() -> bool:  # the other one's ack may be on its way
+            return len(await backend.pending(STREAMS[0], "ears")) == 1
+
+        await eventually(alone)
         (pending,) = await backend.pending(STREAMS[0], "ears")
         assert pending.entry_id == newer_id
         assert pending.owner.startswith("parked:")

@@ -143,6 +143,67 @@ async def test_a_stream_that_is_added_while_others_wait_rings_too(desk, shared_s
     assert values(await asyncio.wait_for(first, 5)) == [b"x"]
 
 
+async def test_what_others_read_while_nothing_watched_it_rings(desk, shared_server) -> None:
+    await desk.make_groups(A, B)
+    bell = desk.readers[0]._bell
+    await desk.append(B, "x")
+    assert values(await desk.read(1, B)) == [b"x"]
+    first = desk.read(0, A)
+    await until_blocked(shared_server("valkey-9.1"))
+    slow = bell._commands = Slow(bell._commands, asks=False)
+    waiting = desk.read(1, B)
+    await eventually(lambda: B in bell._watched)
+    await desk.append(B, "y")
+    assert values(await desk.read(2, B)) == [b"x", b"y"]
+    assert bell._armed == {A}
+    await desk.append(A, "z")
+    assert values(await first) == [b"z"]
+    assert values(await asyncio.wait_for(waiting, 5)) == [b"y"]
+    slow.goes_on.set()
+
+
+async def test_what_is_let_be_while_another_is_added_rings_again(
+    desk, shared_server, monkeypatch
+) -> None:
+    """The watch that was to be ended has ended, a later one misses the stream: it is ended, too."""
+    monkeypatch.setattr(doorbell, "BLOCK_MS", FOR_EVER_MS)
+    await desk.make_groups(A, B)
+    bell = desk.readers[0]._bell
+    first = desk.read(0, A)
+    await until_blocked(shared_server("valkey-9.1"))
+    slow = bell._commands = Slow(bell._commands, asks=True)
+    second = desk.read(1, B)
+    await eventually(lambda: bell._armed == {A, B})
+    await desk.append(A, "x")
+    assert values(await first) == [b"x"]
+    await desk.append(A, "y")  # for which nobody waits
+    await eventually(lambda: bell._armed == {B})
+    assert values(await desk.read(2, A)) == [b"x", b"y"]
+    third = desk.read(2, A)
+    await eventually(lambda: A in bell._watched)
+    slow.goes_on.set()
+    await desk.append(A, "z")
+    assert values(await asyncio.wait_for(third, 5)) == [b"z"]
+    await desk.append(B, "z")
+    await second
+
+
+class Slow:
+    """A connection that hangs: before it asks, or with the answer."""
+
+    def __init__(self, connection: Any, *, asks: bool) -> None:
+        self._connection = connection
+        self._asks = asks
+        self.goes_on = asyncio.Event()
+
+    async def submit(self, packed: bytes, replies: int) -> Any:
+        if not self._asks:
+            await self.goes_on.wait()
+        answer = await self._connection.submit(packed, replies)
+        await self.goes_on.wait()
+        return answer
+
+
 async def test_a_busy_stream_rings_for_nobody(desk, valkey_url, shared_server) -> None:
     """The bell is not rung for each event of a stream whose groups are all at work."""
     await desk.make_groups(A, B)
