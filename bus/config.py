@@ -12,6 +12,7 @@ ANSWER_S = 0.1  # beyond its timeout a publish waits for an answer that is on it
 PRODUCER_MEMORY_S = 600  # how long the server remembers a publisher's last batch
 BATCH_EVENTS = 500  # events one append takes; beyond it the server gains nothing and others wait
 BATCH_BYTES = 1024 * 1024  # the same bound for large events
+FOLLOW_EVENTS = 16  # from so many on, a second append leaves behind one that is on its way
 UNIT_EVENTS = 5_000  # the largest atomic publish_many; the server is busy for about 10 ms
 UNIT_BYTES = 8 * 1024 * 1024
 

@@ -1,8 +1,8 @@
 """The way in: events become entries, coalesced per stream, each batch appended at most once.
 
-    publish -> encode -> the stream's sender -> one script call per stream in flight -> receipt
+    publish -> encode -> the stream's sender -> at most two script calls in flight -> receipt
 
-While a call is in flight, publishes collect in the sender; the next call takes them in order.
+While calls are in flight, publishes collect in the sender; the next call takes them in order.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from tenacity import (
 )
 
 from bus.causes import inherit
-from bus.config import UNIT_BYTES, UNIT_EVENTS
+from bus.config import ANSWER_S, UNIT_BYTES, UNIT_EVENTS
 from bus.delivery import BatchCause, Delivery, current_delivery
 from bus.errors import BusError, InvalidEvent, PublishRefused, PublishTimeout
 from bus.event import QUESTIONS, Event, EventInfo, info_of
@@ -216,7 +216,7 @@ class Publisher:
         """Wait until everybody who waits for a publish has an outcome."""
         awaited = [f for sender in self._all_senders() for f in sender.awaited()]
         if awaited:
-            await asyncio.wait(awaited, timeout=self._timeout_s)
+            await asyncio.wait(awaited, timeout=self._timeout_s + ANSWER_S)
         # What is left is waited for by nobody: callers that gave up, or were cancelled.
         tasks = [sender.task for sender in self._all_senders() if sender.task is not None]
         for sender in self._all_senders():

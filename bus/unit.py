@@ -1,13 +1,13 @@
-"""What is published at once, and how a sender is told what became of it."""
+"""What is published at once, what appends it, and what its caller is told when time is up."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from bus.errors import BusError, PublishRefused, PublishTimeout, PublishUnknown
 from bus.streams.answers import Appended, Limits, Room
 from bus.streams.connection import Answer, Arg
-from bus.streams.replies import REMEDIES, Reply, ReplyError
+from bus.streams.replies import REMEDIES, ReplyError
 
 
 class Unit:
@@ -24,7 +24,12 @@ class Unit:
 
 
 class Appends(Protocol):
-    """The verbs by which a sender appends, to the streams of topics or to channels."""
+    """The verbs by which a sender appends, to the streams of topics or to channels.
+
+    calls_at_once: how many may be on their way together.
+    """
+
+    calls_at_once: int
 
     def append_soon(
         self,
@@ -37,6 +42,7 @@ class Appends(Protocol):
         timeout_s: float,
         *,
         answer: Answer,
+        follows: bool,
         at_once: bool,
     ) -> None:
         """Append units, at most once, and tell `answer`. See `StreamStore.append_soon`."""
@@ -50,28 +56,13 @@ class Appends(Protocol):
         events: int,
         limits: Limits,
         timeout_s: float,
+        *,
+        again: bool,
     ) -> Appended:
-        """Do the same, perhaps again, and wait for the answer."""
+        """Do the same, and wait for the answer; again: the batch may be in already."""
 
     async def room(self, stream: str, limits: Limits, entries: int) -> Room:
         """Say how much fits."""
-
-
-class Told:
-    """Hands a sender what its call was answered, without another turn of the loop."""
-
-    __slots__ = ("exception", "set_exception", "set_result")
-
-    def __init__(
-        self, answered: Callable[[list[Reply]], None], failed: Callable[[BusError], None]
-    ) -> None:
-        self.set_result = answered
-        self.set_exception = failed
-        self.exception = lambda: None
-
-    def done(self) -> bool:
-        """Whether nobody wants to know any more."""
-        return False
 
 
 def too_late(

@@ -27,8 +27,8 @@ FLOORS = [
     "streams",  # everything that speaks Redis
     # the way in
     (
-        "publisher sender unit shortage causes committer transaction hooks observers way_in"
-        " threads local"
+        "publisher sender appender batch unit shortage causes committer transaction hooks"
+        " observers way_in threads local"
     ),
     "worker",  # the way out
     "history",  # looking back

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 
+from bus.config import ANSWER_S
 from bus.sender import Sender
 from bus.streams.codec import Fields
 from bus.streams.forms import unit_of
@@ -47,7 +48,7 @@ class Senders:
         """Wait until everybody who waits for a publish has an outcome."""
         senders = list(self._senders.values())
         if awaited := [f for sender in senders for f in sender.awaited()]:
-            await asyncio.wait(awaited, timeout=self._timeout_s)
+            await asyncio.wait(awaited, timeout=self._timeout_s + ANSWER_S)
         tasks = [sender.task for sender in senders if sender.task is not None]
         for sender in senders:
             sender.close()

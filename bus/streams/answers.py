@@ -40,7 +40,8 @@ class Room(NamedTuple):
 class Appended(NamedTuple):
     """Where the units that were taken went: entry n has the id `ms-(sequence + n)`.
 
-    room: as the script left it. dropped: entries deleted unhandled, by group.
+    room: as the script left it. dropped: entries deleted unhandled, by group. out_of_turn: nothing
+    was taken, because the batch that it was to follow is not in, or not whole.
     """
 
     ms: str
@@ -50,6 +51,7 @@ class Appended(NamedTuple):
     repeated: bool
     room: Room
     dropped: dict[str, int]
+    out_of_turn: bool = False
 
 
 class Taken(NamedTuple):

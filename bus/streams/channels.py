@@ -33,6 +33,8 @@ class ChannelState(NamedTuple):
 class ChannelAppends:
     """Appends to channels that expire `ttl_ms` after it: what a `Sender` needs of a store."""
 
+    calls_at_once = 1  # behind an end marker nothing comes, and that is known by the answer
+
     def __init__(self, connection: Connection, ttl_ms: int) -> None:
         self._connection = connection
         self._ttl_ms = ttl_ms
@@ -48,6 +50,7 @@ class ChannelAppends:
         timeout_s: float,
         *,
         answer: Answer,
+        follows: bool,  # noqa: ARG002 - one call at once
         at_once: bool,
     ) -> None:
         """Append events; behind an end marker none. `channel_append.lua`; an XADD each and 3 us.
@@ -69,12 +72,15 @@ class ChannelAppends:
         events: int,
         limits: Limits,
         timeout_s: float,
+        *,
+        again: bool,
     ) -> Appended:
-        """Do the same for a batch that may be in already, and wait for the answer.
+        """Do the same, and wait for the answer.
 
-        It is looked for from the end of the channel on, at worst in all of it: 0.5 us an entry.
+        again: the batch may be in already. It is looked for from the end of the channel on, at
+        worst in all of it: 0.5 us an entry.
         """
-        args = self._args(units, events, limits, again=True)
+        args = self._args(units, events, limits, again=again)
         return appended([await _append.run(self._connection, (stream,), args, timeout_s)])
 
     async def room(self, stream: str, limits: Limits, entries: int) -> Room:  # noqa: ARG002

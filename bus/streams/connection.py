@@ -10,6 +10,7 @@ path has no time for its streams (docs/adr/0018).
 
 import asyncio
 import select
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -78,6 +79,8 @@ class _Request:
     replies: int
     future: Answer
     timeout_s: float
+    gives_up_at: float = 0.0  # loop time; of the write it left in
+    ends_write: bool = False  # whether it is the last of its write
 
 
 class _Link(asyncio.Protocol):
@@ -129,26 +132,26 @@ class _Link(asyncio.Protocol):
 class Connection:
     """A pipelined connection that is made when first used and made again after it broke.
 
-    Commands queued in one turn of the loop leave in one write; the next write waits for their
-    replies. Nothing is ever sent twice: what was in flight when the connection broke fails with
-    ConnectionLost, and the caller decides. Cancelling a caller leaves the connection intact.
+    Commands queued in one turn of the loop leave in one write; the next write waits for replies
+    while `writes` have not been answered. Nothing is ever sent twice: what was in flight when the
+    connection broke fails with ConnectionLost, and the caller decides. Cancelling a caller leaves
+    the connection intact.
     """
 
-    def __init__(self, server: Server, role: str, telemetry: Telemetry) -> None:
+    def __init__(self, server: Server, role: str, telemetry: Telemetry, *, writes: int = 1) -> None:
         self._server = server
         self._role = role
         self._telemetry = telemetry
         self._link: _Link | None = None
         self._queue: list[_Request] = []
-        self._flight: list[_Request] = []
-        self._answered = 0  # requests in flight that have all their replies
+        self._flight: deque[_Request] = deque()  # what has not all its replies
+        self._writes = 0  # that it left in
+        self._most_writes = writes
         self._replies: list[Reply] = []  # of the first that has not
         self._moved = False  # whether a reply said that this is not the primary
         self._opening: asyncio.Task[None] | None = None
         self._flushing = False  # whether a write is due in this turn of the loop
         self._looked = False  # whether it is due because the socket was readable in the last one
-        self._timeout_s = 0.0
-        self._gives_up_at = 0.0  # loop time
         self._watchdog: asyncio.TimerHandle | None = None
         self._closed = False
         self._was_lost = False
@@ -179,7 +182,7 @@ class Connection:
             answer.set_exception(BusClosed("the bus is closed"))
             return
         self._queue.append(_Request(packed, replies, answer, timeout_s))
-        if self._flushing or self._flight or self._opening:
+        if self._flushing or self._opening or self._writes == self._most_writes:
             return
         if at_once:
             self._flush()
@@ -200,16 +203,23 @@ class Connection:
             return []
         return await self.submit(b"".join(pack(c) for c in commands), len(commands))
 
-    # --- one exchange: a write, and the replies to it
+    # --- an exchange: a write, and the replies to it
 
     def _flush(self) -> None:
         """Write what is queued; first connect if there is no connection."""
         self._flushing = False
-        if not self._queue or self._flight or self._opening:
+        if not self._queue or self._opening or self._writes == self._most_writes:
+            return
+        if self._writes and self._moved:  # when all is answered, to whom it may concern
             return
         loop = asyncio.get_running_loop()
         link = self._link
-        if link is not None and not self._looked and link.has_something_to_read():
+        if (
+            link is not None
+            and not self._writes
+            and not self._looked
+            and link.has_something_to_read()
+        ):
             # The server has closed it meanwhile (or sent what nobody asked for): a command written
             # to it now would leave its caller in doubt for nothing. The loop knows in a turn.
             self._looked = self._flushing = True
@@ -251,18 +261,20 @@ class Connection:
         return link
 
     def _write(self, link: _Link, batch: list[_Request]) -> None:
-        self._flight = batch
-        self._answered = 0
+        self._flight += batch
+        self._writes += 1
         if len(batch) == 1:
-            self._timeout_s = batch[0].timeout_s
-            packed = batch[0].packed
+            timeout_s, packed = batch[0].timeout_s, batch[0].packed
         else:
-            self._timeout_s = max(r.timeout_s for r in batch)
+            timeout_s = max(r.timeout_s for r in batch)
             packed = b"".join([r.packed for r in batch])
         loop = asyncio.get_running_loop()
-        self._gives_up_at = loop.time() + self._timeout_s
-        if self._watchdog is None or self._watchdog.when() > self._gives_up_at:
-            self._watch(loop)
+        gives_up_at = loop.time() + timeout_s
+        for request in batch:
+            request.gives_up_at, request.timeout_s = gives_up_at, timeout_s
+        request.ends_write = True
+        if self._watchdog is None or self._watchdog.when() > gives_up_at:
+            self._watch(loop, gives_up_at)
         try:
             link.transport.write(packed)
         except Exception as error:  # uvloop raises RuntimeError for a transport that was closed
@@ -279,22 +291,21 @@ class Connection:
                 if reply.__class__ is ReplyError:
                     self._look_at(reply)
                 replies.append(reply)
-                request = flight[self._answered]
+                request = flight[0]
                 if len(replies) < request.replies:
                     continue
-                self._answered += 1
+                flight.popleft()
+                if request.ends_write:
+                    self._writes -= 1
                 if not request.future.done():
                     request.future.set_result(replies)
                 replies = self._replies = []
-                if self._answered == len(flight):
-                    self._flight = flight = []
-                    self._answered = 0
         except Exception as error:  # no protocol that we know, or a reply that nobody asked for
             self.ended(link, error)
             return
-        if not flight:
-            if self._moved:  # the name may lead to another server by now
-                self._forget_link()
+        if self._moved and not flight:  # the name may lead to another server by now
+            self._forget_link()
+        if self._writes < self._most_writes:
             self._go_on()
 
     def _look_at(self, error: ReplyError) -> None:
@@ -315,19 +326,25 @@ class Connection:
         """Note that a connection has ended, with `error` or because the server closed it."""
         if link is not self._link:
             return
-        batch, idle = self._flight[self._answered :], not self._flight
-        self._flight = []
-        if idle:  # the next request makes another, and there is nothing to tell
+        batch = self._taken_back()
+        if not batch:  # the next request makes another, and there is nothing to tell
             self._forget_link()
             return
         self._fail(batch, _lost(error, sent=True))
         self._go_on()
 
+    def _taken_back(self) -> list[_Request]:
+        """Return what was in flight, for which no reply is waited for any more."""
+        batch = list(self._flight)
+        self._flight.clear()
+        self._writes = 0
+        return batch
+
     def _forget_link(self) -> None:
         if self._link is not None:
             self._link.drop()
         self._link = self.client_id = None
-        self._answered, self._replies, self._moved = 0, [], False
+        self._replies, self._moved = [], False
 
     def _fail(self, batch: list[_Request], error: BusError, *, quiet: bool = False) -> None:
         if self._link is not None:
@@ -346,11 +363,11 @@ class Connection:
                 # A caller that was cancelled never looks; that is no "exception never retrieved".
                 request.future.exception()
 
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Look when the time of this exchange is up; one timer serves many exchanges."""
+    def _watch(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
+        """Look when the time of an exchange is up; one timer serves many exchanges."""
         if self._watchdog is not None:
             self._watchdog.cancel()
-        self._watchdog = loop.call_at(self._gives_up_at, self._look)
+        self._watchdog = loop.call_at(at, self._look)
 
     def _look(self) -> None:
         """End a hung exchange."""
@@ -358,11 +375,12 @@ class Connection:
         if not self._flight:
             return
         loop = asyncio.get_running_loop()
-        if loop.time() < self._gives_up_at:
-            self._watch(loop)
+        hung = min(self._flight, key=lambda r: r.gives_up_at)
+        if loop.time() < hung.gives_up_at:
+            self._watch(loop, hung.gives_up_at)
             return
-        batch, self._flight = self._flight[self._answered :], []
-        self._fail(batch, ConnectionLost(f"no answer within {self._timeout_s:g} s", sent=True))
+        error = ConnectionLost(f"no answer within {hung.timeout_s:g} s", sent=True)
+        self._fail(self._taken_back(), error)
         self._go_on()
 
     async def close(self) -> None:
@@ -373,9 +391,9 @@ class Connection:
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.gather(self._opening, return_exceptions=True)
-        batch, self._flight = self._flight[self._answered :], []
         queued, self._queue = self._queue, []
-        self._fail(batch, ConnectionLost("the bus is closing", sent=True), quiet=True)
+        closing = ConnectionLost("the bus is closing", sent=True)
+        self._fail(self._taken_back(), closing, quiet=True)
         self._fail(queued, ConnectionLost("the bus is closed", sent=False), quiet=True)
         self._forget_link()
 

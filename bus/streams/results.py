@@ -29,18 +29,24 @@ def counts(flat: Sequence[Any]) -> dict[str, int]:
     return {keys.text(g): n for g, n in zip(flat[::2], flat[1::2], strict=True)}
 
 
+_REPEATED = 1  # of the fourth that `append.lua` answers; 2 is out of turn
+
+
 def appended(replies: list[Reply]) -> Appended:
     """Return what `StreamStore.append_soon` was answered. Errors: ReplyError."""
     (reply,) = replies
     if isinstance(reply, ReplyError):
         raise reply
-    first, added, taken, repeated, left, *looked = reply
+    first, added, taken, how, left, *looked = reply
     ms, _, low = first.decode().partition("-")
     if not looked:
-        return Appended(ms, int(low or 0), added, taken, bool(repeated), Room(left, None, {}), {})
+        room = Room(left, None, {})
+        return Appended(
+            ms, int(low or 0), added, taken, how == _REPEATED, room, {}, how > _REPEATED
+        )
     who, lost, dropped = looked
     room = Room(left, pinned(who), by_group(lost))
-    return Appended(ms, int(low or 0), added, taken, bool(repeated), room, counts(dropped))
+    return Appended(ms, int(low or 0), added, taken, how == _REPEATED, room, counts(dropped))
 
 
 DONE, _REFUSED = Committed(Fate.DONE), Committed(Fate.REFUSED)

@@ -29,6 +29,7 @@ from bus.streams.channels import ChannelStore
 from bus.streams.connection import Answer, Arg, Connection, Server
 from bus.streams.doorbell import Doorbell
 from bus.streams.follower import Follower
+from bus.streams.forms import append_call
 from bus.streams.leases import Leases
 from bus.streams.pauses import PauseTable
 from bus.streams.reader import Reader, Reads
@@ -47,23 +48,10 @@ _take_due, _take_parked, _refund = Script("take_due"), Script("take_parked"), Sc
 _move_parked, _retain, _reclaim = Script("move_parked"), Script("retain"), Script("reclaim")
 
 
-def _append_call(
-    stream: str,
-    publisher: str,
-    sequence: int,
-    units: Sequence[list[Arg]],
-    events: int,
-    limits: Limits,
-) -> tuple[tuple[Arg, ...], list[Arg]]:
-    args: list[Arg] = [sequence, PRODUCER_MEMORY_S, limits.keep, limits.slack, limits.most]
-    args += (1 if limits.drop_oldest else 0, len(units), events)
-    for unit in units:
-        args += unit
-    return (stream, keys.producer(stream, publisher), keys.overrun(stream)), args
-
-
 class StreamStore:
     """The verbs over one server, with one connection for commands and one for publishing."""
+
+    calls_at_once = 2  # appends of one sender that may be on their way together
 
     def __init__(self, server: Server, telemetry: Telemetry) -> None:
         self._server = server
@@ -72,7 +60,7 @@ class StreamStore:
         self.leases = Leases(self.commands)
         self.pauses = PauseTable(self.commands)
         self.upkeep = Upkeep(self.commands)
-        self._publishing = Connection(server, "publishing", telemetry)
+        self._publishing = Connection(server, "publishing", telemetry, writes=2)
         self.archive = Archive(server, telemetry)
         self.channels = ChannelStore(self._publishing, self.archive)
         self.rights = Rights(server)
@@ -121,15 +109,19 @@ class StreamStore:
         timeout_s: float,
         *,
         answer: Answer,
+        follows: bool,
         at_once: bool,
     ) -> None:
         """Append as many whole units as fit, at most once. `append.lua`; about 2 x XADDs.
 
         units: see `codec.encode_plain`, `unit_of` and `unit_of_several`. events: in all of them.
         Near `keep` and above it, it trims what nobody needs, once per `slack` entries. What
-        `answer` is told is for `appended`. at_once: nothing else is published in this turn.
+        `answer` is told is for `appended`. follows: only if the batch of the sequence before is
+        in, and whole. at_once: nothing else is published in this turn.
         """
-        target, args = _append_call(stream, publisher, sequence, units, events, limits)
+        target, args = append_call(
+            stream, publisher, sequence, units, events, limits, follows=follows, again=False
+        )
         packed = _append.packed(target, args)
         self._publishing.submit_for(answer, packed, 1, timeout_s, at_once=at_once)
 
@@ -142,9 +134,16 @@ class StreamStore:
         events: int,
         limits: Limits,
         timeout_s: float,
+        *,
+        again: bool = False,
     ) -> Appended:
-        """Do the same, on a server that may not know the script, and wait for the answer."""
-        target, args = _append_call(stream, publisher, sequence, units, events, limits)
+        """Do the same, on a server that may not know the script, and wait for the answer.
+
+        again: it may have been sent before, and what was sent may still be on its way.
+        """
+        target, args = append_call(
+            stream, publisher, sequence, units, events, limits, follows=False, again=again
+        )
         return appended([await _append.run(self._publishing, target, args, timeout_s)])
 
     async def room(self, stream: str, limits: Limits, entries: int, *, urgent: bool = True) -> Room:

@@ -475,7 +475,9 @@ async def test_a_batch_that_is_in_already_is_found_and_answered_as_before(bus: B
 
     async def append(*names: str) -> Appended:
         units = [unit_of(["id", n, "type", f"a.{n}", "data", "{}"]) for n in names]
-        return await appends.append("bus:channel:{run}", "p", 1, units, len(units), limits, 5)
+        return await appends.append(
+            "bus:channel:{run}", "p", 1, units, len(units), limits, 5, again=True
+        )
 
     first, second = await append("a", "b", "c"), await append("d")
     again = await append("a", "b", "c")

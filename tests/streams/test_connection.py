@@ -20,6 +20,7 @@ from bus.telemetry import Telemetry
 from tests.proxy import Proxy
 from tests.servers import ask
 from tests.streams.wire import CANARY, connected
+from tests.witness import eventually
 
 if TYPE_CHECKING:
     from bus.embedded import EmbeddedServer
@@ -32,6 +33,56 @@ async def test_commands_of_one_turn_share_a_write(valkey_url):
         futures = [connection.submit(pack(("ECHO", str(n)))) for n in range(100)]
         assert await asyncio.gather(*futures) == [[str(n).encode()] for n in range(100)]
         assert bytes(proxy.requests) == b"".join(pack(("ECHO", str(n))) for n in range(100))
+
+
+async def test_no_more_writes_are_on_their_way_than_were_allowed(valkey_url):
+    """The third waits for the replies to the first; all replies go to those who asked."""
+    async with connected(valkey_url, writes=2) as other, connected(valkey_url) as one:
+        for connection, most in ((other, 2), (one, 1)):
+            await connection.call("DEL", "never", "now")
+            first = connection.submit(pack(("BLPOP", "never", "now", "0")))
+            await asyncio.sleep(0)
+            more = [connection.submit(pack(("ECHO", "1")))]
+            await asyncio.sleep(0)
+            more += [connection.submit(pack(("ECHO", str(n)))) for n in (2, 3)]
+            await asyncio.sleep(0)
+            assert (connection._writes, len(connection._queue)) == (most, 4 - most)
+            async with connected(valkey_url) as hand:
+                await hand.call("RPUSH", "now", "x")
+            assert await first == [[b"now", b"x"]]
+            assert await asyncio.gather(*more) == [[b"1"], [b"2"], [b"3"]]
+            assert connection._writes == 0
+
+
+async def test_an_answer_makes_room_for_one_more_write(valkey_url):
+    async with connected(valkey_url, writes=2) as connection, connected(valkey_url) as hand:
+        await connection.call("DEL", "a", "b")
+        waiting = []
+        for command in (("BLPOP", "a", "0"), ("BLPOP", "b", "0"), ("ECHO", "1")):
+            waiting.append(connection.submit(pack(command)))
+            await asyncio.sleep(0)
+        await hand.call("RPUSH", "a", "x")
+        await waiting[0]
+        await eventually(lambda: not connection._queue)
+        waiting.append(connection.submit(pack(("ECHO", "2"))))
+        await asyncio.sleep(0)
+        assert (connection._writes, len(connection._queue)) == (2, 1)
+        await hand.call("RPUSH", "b", "y")
+        assert await asyncio.gather(*waiting[2:]) == [[b"1"], [b"2"]]
+
+
+async def test_one_that_hangs_takes_what_was_sent_behind_it_along(private_server):
+    server = private_server()
+    async with connected(server.url, writes=2) as connection:
+        await connection.call("PING")
+        server.pause()
+        waiting = [connection.submit(pack(("PING",)), timeout_s=0.1)]
+        await asyncio.sleep(0)
+        waiting.append(connection.submit(pack(("PING",)), timeout_s=60.0))
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [(type(r), r.sent) for r in results] == [(ConnectionLost, True)] * 2
+        server.resume()
+        assert await connection.call("PING") == b"PONG"
 
 
 async def test_a_hung_server_is_given_up_after_the_timeout(private_server):

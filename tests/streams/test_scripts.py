@@ -880,9 +880,12 @@ async def test_retention_goes_below_whole_nodes_and_in_bounded_steps(lab):
 MEMORY = STREAM + ":pub:p"
 
 
-async def append(lab: Lab, sequence: int, *units: list[str], memory: str = MEMORY) -> Any:
+async def append(
+    lab: Lab, sequence: int, *units: list[str], follows: int = 0, memory: str = MEMORY
+) -> Any:
     """Append units of events that have one field each, far below any mark."""
-    reply = await append_within(lab, sequence, units, (100_000, 1_000, 1_000_000), memory=memory)
+    marks = 100_000, 1_000, 1_000_000
+    reply = await append_within(lab, sequence, units, marks, follows=follows, memory=memory)
     assert reply[4:] == [-1 if reply[3] else 1_000_000 - await lab.redis.xlen(STREAM)]
     return reply[:4]
 
@@ -894,10 +897,11 @@ async def append_within(
     marks: tuple[int, int, int],
     *,
     drop: int = 0,
+    follows: int = 0,
     memory: str = MEMORY,
 ) -> Any:
     """Append units within marks (keep, slack, most)."""
-    args: list[Any] = [sequence, 60, *marks, drop, len(units), sum(map(len, units))]
+    args: list[Any] = [sequence, 60, *marks, drop, len(units), sum(map(len, units)), follows]
     for unit in units:
         args.append(len(unit))
         for value in unit:
@@ -907,7 +911,7 @@ async def append_within(
 
 async def test_usual_events_are_sent_without_the_names_of_their_fields(lab):
     """One or several, of one type, with a key or without; between others, and up to the mark."""
-    args: list[Any] = [1, 60, 100, 10, 1_000, 0, 6, 9]
+    args: list[Any] = [1, 60, 100, 10, 1_000, 0, 6, 9, 0]
     args += ("=", "a.b", "i1", "d1")
     args += (2, 2, "n", "x", 4, "n", "y", "m", "z")
     args += ("*", 2, "a.c", "i2", "d2", "i3", "d3")
@@ -926,7 +930,7 @@ async def test_usual_events_are_sent_without_the_names_of_their_fields(lab):
 
 
 async def test_of_usual_events_what_does_not_fit_is_left(lab):
-    args: list[Any] = [1, 60, 1, 1, 5, 0, 4, 7]
+    args: list[Any] = [1, 60, 1, 1, 5, 0, 4, 7, 0]
     args += ("=", "a.b", "i1", "d1", "*", 2, "a.b", "i2", "d2", "i3", "d3", "+", "a.b", "i4", "d4")
     args += ("k4", "#", 3, "a.b", "i5", "d5", "k5", "i6", "d6", "k6", "i7", "d7", "k7")
     reply = await lab.run("append", *args, keys=(STREAM, MEMORY, STREAM + ":overrun"))
@@ -963,6 +967,37 @@ async def test_an_older_batch_is_refused_and_a_later_one_taken(lab):
         await append(lab, 1, ["a"])
     await append(lab, 7, ["c"])
     assert await values(lab) == [b"b", b"c"]
+
+
+async def test_the_last_two_batches_are_remembered(lab):
+    said = [await append(lab, n, [f"{n}", "x"], ["y"]) for n in (1, 2, 3)]
+    for n in (3, 2, 3, 2):
+        assert await append(lab, n, [f"{n}", "x"], ["y"]) == [*said[n - 1][:3], 1]
+    with pytest.raises(ResponseError, match="STALE batch 1, the last one was 3"):
+        await append(lab, 1, ["1", "x"], ["y"])
+    assert len(await values(lab)) == 9
+
+
+async def test_what_follows_is_taken_only_behind_a_whole_batch(lab):
+    refused = [b"", 0, 0, 2]
+    assert await append(lab, 2, ["b"], follows=1) == refused, "nothing is known of the one before"
+    await append(lab, 1, ["a"])
+    assert await append(lab, 3, ["c"], follows=1) == refused, "the one before is not the last"
+    assert (await append(lab, 2, ["b"], follows=1))[1:] == [1, 1, 0]
+    assert (await append(lab, 2, ["b"], follows=1))[1:] == [1, 1, 1]
+    assert await values(lab) == [b"a", b"b"]
+
+
+async def test_nothing_follows_what_was_taken_in_part_or_not_at_all(lab):
+    marks = 10, 1, 3
+    await lab.redis.xgroup_create(STREAM, "slow", "0", mkstream=True)
+    assert (await append_within(lab, 1, [["a", "b"], ["c", "d"]], marks))[1:4] == [2, 1, 0]
+    assert (await append_within(lab, 2, [["e"]], marks, follows=1))[:4] == [b"", 0, 0, 2]
+    assert (await append_within(lab, 3, [["c", "d"]], marks))[1:4] == [0, 0, 0]
+    assert (await append_within(lab, 4, [["e"]], marks, follows=1))[:4] == [b"", 0, 0, 2]
+    assert (await append_within(lab, 1, [["a", "b"], ["c", "d"]], marks))[1:4] == [2, 1, 1]
+    assert (await append_within(lab, 5, [["e"]], marks))[1:4] == [1, 1, 0]
+    assert await values(lab) == [b"a", b"b", b"e"]
 
 
 async def test_publishers_and_streams_have_their_own_sequences(lab):

@@ -18,8 +18,11 @@ CANARY = "s3cret-passw0rd"
 
 
 @contextlib.asynccontextmanager
-async def connected(url: str, telemetry: Telemetry | None = None) -> AsyncIterator[Connection]:
-    connection = Connection(Standalone(parse_url(url)), "test", telemetry or Telemetry())
+async def connected(
+    url: str, telemetry: Telemetry | None = None, writes: int = 1
+) -> AsyncIterator[Connection]:
+    server = Standalone(parse_url(url))
+    connection = Connection(server, "test", telemetry or Telemetry(), writes=writes)
     try:
         yield connection
     finally:

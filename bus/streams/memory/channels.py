@@ -81,6 +81,7 @@ class MemoryChannelAppends(ChannelAppends):
         timeout_s: float,  # noqa: ARG002 - no server keeps anybody waiting
         *,
         answer: Answer,
+        follows: bool,  # noqa: ARG002 - one call at once
         at_once: bool,  # noqa: ARG002 - as above
     ) -> None:
         """Append events, a turn of the loop later; behind an end marker none."""
@@ -100,9 +101,11 @@ class MemoryChannelAppends(ChannelAppends):
         events: int,  # noqa: ARG002 - as above
         limits: Limits,
         timeout_s: float,  # noqa: ARG002 - as above
+        *,
+        again: bool,
     ) -> Appended:
-        """Do the same for a batch that may be in already, and wait for the answer."""
-        return await self._direct.do(append, stream, self._ttl_ms, limits.most, units, again=True)
+        """Do the same, and wait for the answer; again: the batch may be in already."""
+        return await self._direct.do(append, stream, self._ttl_ms, limits.most, units, again=again)
 
 
 class MemoryChannels(ChannelStore):

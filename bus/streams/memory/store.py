@@ -42,6 +42,8 @@ from bus.streams.upkeep import Trimmed, Upkeep
 class MemoryStore(StreamStore):
     """The verbs over one place."""
 
+    calls_at_once = 1  # nothing is gained where nothing is on its way
+
     def __init__(self, place: Place) -> None:
         self.place = place
         self._direct = self.commands = self._publishing = Direct(place)
@@ -87,6 +89,7 @@ class MemoryStore(StreamStore):
         timeout_s: float,  # noqa: ARG002 - no server keeps anybody waiting
         *,
         answer: Answer,
+        follows: bool,  # noqa: ARG002 - one call at once
         at_once: bool,  # noqa: ARG002 - as above
     ) -> None:
         """Append as many whole units as fit, at most once, a turn of the loop later."""
@@ -106,6 +109,8 @@ class MemoryStore(StreamStore):
         events: int,
         limits: Limits,
         timeout_s: float,  # noqa: ARG002 - as above
+        *,
+        again: bool = False,  # noqa: ARG002 - what is remembered says so
     ) -> Appended:
         """Do the same, and wait for the answer."""
         return await self._direct.do(
