@@ -28,7 +28,7 @@ FLOORS = [
     # the way in
     (
         "publisher sender unit shortage causes committer transaction hooks observers way_in"
-        " threads local"
+        " threads closing local"
     ),
     "worker",  # the way out
     "history",  # looking back
