@@ -68,6 +68,24 @@ async def pending(store: StreamStore) -> dict[bytes, tuple[bytes, int]]:
     return {row[0]: (row[1], row[3]) for row in rows}
 
 
+async def test_what_a_reader_does_to_what_it_was_handed_changes_nothing(store):
+    """Handlers see the fields of their delivery, as they came."""
+    reader = store.readers([G])[0]
+    await store.create_groups([(S0, G, "0")])
+    await store.append(S0, "p", 1, [unit("a")], 1, WIDE, 5)
+    ((_, [(entry_id, fields)]),) = await reader.read(G, "me", [S0], 1, 0)
+    fields[1] = b"changed"
+    await reader.close()
+    ((_, _, taken),) = (await store.recover(S0, G, "me", 10, [])).entries
+    assert taken == [b"n", b"a"]
+    taken.clear()
+    ((_, looked_at),) = await raw(store, "XRANGE", S0, "-", "+")
+    assert looked_at == [b"n", b"a"]
+    looked_at.clear()
+    ((at, whole),) = await raw(store, "XRANGE", S0, "-", "+")
+    assert (at, whole) == (entry_id, [b"n", b"a"])
+
+
 # --- the way in
 
 
