@@ -21,10 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Bus, BusClosed, DeclarationError, Event, NotSupported, Worker, event_handler
+from bus import (
+    Bus,
+    BusClosed,
+    BusError,
+    DeclarationError,
+    Event,
+    NotSupported,
+    Worker,
+    event_handler,
+)
 from bus.envelope import order
 from bus.streams import archive, leases, stream, upkeep
-from bus.streams.memory import place, store
+from bus.streams.memory import place, publishing, store
 from tests.eyes import eyes_of
 from tests.witness import eventually
 
@@ -161,6 +170,24 @@ def test_a_forked_child_waits_for_no_thread_of_its_parent(name: str) -> None:
     forked.set()
     thread.join()
     assert os.waitstatus_to_exitcode(status) == 0
+
+
+# --- a fault of its own
+
+
+async def test_what_no_server_would_answer_reaches_who_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Bus.connect("memory://") as bus:
+        await bus.publish(Recalled(n=1))
+        monkeypatch.setattr(publishing, "append", lambda *_: 1 // 0)
+        async with asyncio.timeout(5):
+            with pytest.raises(BusError, match="failed, which is its own fault: Zero") as caught:
+                await bus.publish(Recalled(n=2))
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        monkeypatch.undo()
+        await bus.publish(Recalled(n=3))
+        assert await numbers(bus) == [1, 3]
 
 
 # --- reads that wait

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from bus.errors import WrongKeyType
 from bus.streams import keys
 from bus.streams.address import parse_url
 from bus.streams.answers import Limits
@@ -84,6 +85,21 @@ async def test_what_a_reader_does_to_what_it_was_handed_changes_nothing(store):
     looked_at.clear()
     ((at, whole),) = await raw(store, "XRANGE", S0, "-", "+")
     assert (at, whole) == (entry_id, [b"n", b"a"])
+
+
+async def test_a_group_whose_counts_cannot_be_touched_loses_nothing(store):
+    """All of what is its own goes at once, or none of it."""
+    await filled(store, 3)
+    kept = (keys.inbox(S0, G), keys.dead(S0, G), keys.overrun(S0))
+    for key in kept:
+        await raw(store, "SET", key, "not of the kind it should be")
+    with pytest.raises(WrongKeyType):
+        await store.upkeep.remove_group(S0, G)
+    assert await raw(store, "EXISTS", S0, *kept) == 4
+    assert len(await pending(store)) == 3
+    await raw(store, "DEL", keys.overrun(S0))
+    assert await store.upkeep.remove_group(S0, G)
+    assert await raw(store, "EXISTS", *kept) == 0
 
 
 # --- the way in
