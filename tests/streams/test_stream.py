@@ -292,6 +292,17 @@ async def test_a_survey_tells_the_living_from_the_dead(store):
     assert abs(survey.now_ms - int(seconds) * 1000) < 60_000
 
 
+async def test_nothing_becomes_a_dead_letter_while_its_worker_lives_whatever_else_is_gone(store):
+    await store.leases.keep([S0], "me", [G], 60_000)
+    letters = [(b"1-1", ["type", "t"]), (b"1-2", ["type", "t"])]
+    lease = keys.lease(S0, b"me")
+    assert await store.dead_letter(S0, G, "me", 0, letters, lease=lease) == [0, 0]
+    await store.leases.drop([S0], "me")
+    with pytest.raises(ReplyError) as caught:
+        await store.dead_letter(S0, G, "me", 0, letters, lease=lease)
+    assert caught.value.code == "NOGROUP"
+
+
 # --- leases
 
 
