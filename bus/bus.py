@@ -1,6 +1,5 @@
 """The facade: wires the parts of one process and delegates to them. No logic lives here."""
 
-import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -11,6 +10,7 @@ import redis.asyncio
 
 from bus.admin.admin import Admin
 from bus.channels.channel import Channel, Channels
+from bus.closing import close_all
 from bus.committer import Committer
 from bus.config import (
     CHANNEL_MAXLEN,
@@ -172,16 +172,15 @@ class Bus(Local):
             return
         self._open = False
         forget_after_fork(self._after_fork)
-        await self._line.close()
-        await asyncio.gather(
-            self._publisher.close(), self._transactions.close(), self._channels.close()
+        await close_all(
+            [self._line.close],
+            [self._publisher.close, self._transactions.close, self._channels.close],
+            [self.committer.close],
+            [self._observers.close],
+            [self._hub.close],
+            [self.store.close],
+            [] if self._redis is None else [self._redis.aclose],
         )
-        self.committer.close()
-        await self._observers.close()
-        await self._hub.close()
-        await self.store.close()
-        if self._redis is not None:
-            await self._redis.aclose()
 
     async def __aenter__(self) -> Self:
         """Connect and check the server."""

@@ -269,6 +269,14 @@ class StreamFull(PublishError):
         self.undelivered = undelivered
 
 
+def words_of(error: BaseException) -> str:
+    """Return an exception's text, whatever its class does instead of giving it."""
+    try:
+        return str(error)
+    except BaseException as broken:
+        return f"(its text cannot be had: {type(broken).__name__})"
+
+
 class Reject(Exception):
     """Raised by a handler: this delivery can never succeed, dead-letter it now."""
 

@@ -36,10 +36,12 @@ class Local:
         self._way_in = WayIn(self.hooks, self._observers)
         self._publish = publish
         self._line = Line(publish)
+        self._parents: list[Line] = []
 
     def _begin_anew(self) -> None:
         """Leave to the parent, in a forked child, what it was doing."""
         self._observers.forget()
+        self._parents.append(self._line)  # one that went would wake the parent's loop
         self._line = Line(self._publish)
 
     def _resume(self) -> None:
@@ -165,7 +167,8 @@ class Local:
         stated: as of `publish`. In the order of each thread's calls, as long as no hook waits. It
         is not slowed down by a full stream: `.result()` is, so wait for it before there are too
         many. Closing the bus waits for all that were accepted.
-        Errors: BusClosed; NotRunning, when the bus is in no running event loop. In the future:
+        Errors: TypeError for what `publish` does not take; BusClosed; NotRunning, when the bus is
+        in no running event loop: enter it there, or await bus.ready(). In the future:
         those of `publish`; PublishUnknown, PublishTimeout when the loop ended first.
         """
         return self._line.publish_soon(event, stated)

@@ -12,6 +12,7 @@ import inspect
 import traceback
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
@@ -23,7 +24,7 @@ from bus.config import (
     SLOT_TURN_S,
     checked_number,
 )
-from bus.errors import BusClosed, DeclarationError, InvalidEvent, NotRunning
+from bus.errors import BusClosed, DeclarationError, InvalidEvent, NotRunning, words_of
 from bus.event import QUESTIONS, Event, info_of, pattern_of, type_matches
 from bus.publisher import Receipt
 from bus.signature import needs_two
@@ -55,6 +56,7 @@ class _Queue:
         self.dropped = 0
         self.closed = False
         self.wake: Callable[[], None] | None = None
+        self._task: asyncio.Task[None] | None = None  # who sees them, if that is one of ours
         self._observers = observers
         self._told: deque[Told] = deque()
         self._untold = 0  # of those dropped
@@ -66,20 +68,31 @@ class _Queue:
             self._drop(1)
             self._told.popleft()
         self._told.append(told)
-        wake, self.wake = self.wake, None
-        if wake is not None:
-            wake()
+        self._wake_up()
 
     async def more(self) -> None:
         """Wait until something is put, or the queue is closed."""
         if self.wake is not None:
             raise RuntimeError(f"{self!r} is waited for already: one task iterates over it")
         waiting = asyncio.get_running_loop().create_future()
-        self.wake = lambda: None if waiting.done() else waiting.set_result(None)
+        self.wake = wake = lambda: None if waiting.done() else waiting.set_result(None)
         try:
             await waiting
         finally:
-            self.wake = None
+            if self.wake is wake:
+                self.wake = None
+
+    def _wake_up(self) -> None:
+        wake, self.wake = self.wake, None
+        if self._task is not None and self._task.get_loop().is_closed():
+            self._task = None
+            wake = None if self.closed else self._start
+        if wake is not None:
+            with suppress(RuntimeError):  # who waits is in a loop that was closed since
+                wake()
+
+    def _start(self) -> None:
+        """Begin to see what is there, if that is the queue's own business."""
 
     def _drop(self, count: int) -> None:
         self.dropped += count
@@ -100,9 +113,7 @@ class _Queue:
         """Be told no more. A second time does nothing."""
         self.closed = True
         self._observers.remove(self)
-        wake, self.wake = self.wake, None
-        if wake is not None:
-            wake()
+        self._wake_up()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name} of {self.pattern}>"
@@ -125,7 +136,6 @@ class Observer(_Queue, Generic[P, R]):
         self._call = call
         self._takes_receipt = needs_two(call, f"observer {self.name}", "receipt")
         self._context = copy_context()  # not that of whoever publishes first
-        self._task: asyncio.Task[None] | None = None
         self.wake = self._start
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -136,8 +146,7 @@ class Observer(_Queue, Generic[P, R]):
         """Be told no more; a call that runs is cancelled, what waits is dropped, uncounted."""
         self._told.clear()
         self.finish()
-        if self._task is not None and self._task is not _current_task():
-            self._task.cancel()
+        self._cancel()
 
     def finish(self) -> "asyncio.Task[None] | None":
         """Be told no more, but see what is there; return the task that does."""
@@ -152,9 +161,13 @@ class Observer(_Queue, Generic[P, R]):
         if self._told:
             self._drop(len(self._told))
             self._told.clear()
-        if self._task is not None and self._task is not _current_task():
-            self._task.cancel()
+        self._cancel()
         self.tell_dropped()
+
+    def _cancel(self) -> None:
+        task = self._task
+        if task is not None and task is not _current_task() and not task.get_loop().is_closed():
+            task.cancel()
 
     def resume(self) -> None:
         """Be told again."""
@@ -170,6 +183,7 @@ class Observer(_Queue, Generic[P, R]):
         self._task = loop.create_task(self._run(), name=self.name, context=self._context)
 
     async def _run(self) -> None:
+        this = asyncio.current_task()
         clock = asyncio.get_running_loop().time
         turn_ends = clock() + SLOT_TURN_S
         try:
@@ -185,8 +199,9 @@ class Observer(_Queue, Generic[P, R]):
                 await self.more()
                 turn_ends = clock() + SLOT_TURN_S
         finally:
-            self._task = None
-            self.wake = None if self.closed else self._start  # in another loop, perhaps
+            if self._task is this:  # not if it was left behind in a loop of before
+                self._task = None
+                self.wake = None if self.closed else self._start  # in another loop, perhaps
 
     async def _see(self, event: Event, receipt: Receipt | None) -> None:
         """Call the function; what it raises is told and counted."""
@@ -200,7 +215,9 @@ class Observer(_Queue, Generic[P, R]):
             if task is not None and task.cancelling():
                 raise  # ours: it is closed, or the loop ends
             self._fail(error)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise  # the program ends, or the loop has ended without cancelling us
+        except BaseException as error:  # as of pytest.fail, which is no Exception
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -211,7 +228,7 @@ class Observer(_Queue, Generic[P, R]):
             observer=self.name,
             pattern=self.pattern,
             error_type=type(error).__name__,
-            error=str(error),
+            error=words_of(error),
             where=f"{frame.filename}:{frame.lineno} {frame.name}",
         )
 

@@ -8,24 +8,35 @@ event loop: any plugin that runs async tests will do, in any mode and loop scope
 from __future__ import annotations
 
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from bus.bus import Bus
     from bus.embedded import EmbeddedServer
 
 _places = count(1)
+_passed = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    """Note whether the test itself has passed."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.when == "call":
+        item.stash[_passed] = report.passed
 
 
 @pytest.fixture
 def bus_memory() -> Iterator[Bus]:
     """Give a bus on an empty `memory://` place; it needs neither opening nor closing.
 
-    Others in the test reach the same place by `bus_memory.address`.
+    Others in the test reach the same place by `bus_memory.address`. Before other threads may
+    `publish_soon`: `await bus_memory.ready()`, in the loop that is to publish.
     """
     from bus.bus import Bus  # noqa: PLC0415 - see the head of the file
     from bus.streams.memory.place import forget  # noqa: PLC0415 - as above
@@ -49,7 +60,9 @@ def bus_embedded_server() -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture
-def bus_server(bus_embedded_server: EmbeddedServer) -> Iterator[Bus]:
+def bus_server(
+    bus_embedded_server: EmbeddedServer, request: pytest.FixtureRequest
+) -> Iterator[Bus]:
     """Give a bus on an empty database of a real server: `async with bus_server as bus:`.
 
     Skips where the extra `embedded` is not installed.
@@ -62,7 +75,8 @@ def bus_server(bus_embedded_server: EmbeddedServer) -> Iterator[Bus]:
         client.flushall()
     bus = Bus.connect(bus_embedded_server.url)
     yield bus
-    if bus._open:  # noqa: SLF001 - of no use to anybody else
+    passed = request.node.stash.get(_passed, False)  # others may not have come as far as closing it
+    if passed and bus._open:  # noqa: SLF001 - of no use to anybody else
         pytest.fail(
             "bus_server was not closed: use it as `async with bus_server as bus:`, in the test,"
             " whose event loop its connections belong to",

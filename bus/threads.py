@@ -9,8 +9,9 @@ waits for ever: whatever ends the bus or its loop gives the futures that are lef
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Future
+from contextlib import suppress
 from contextvars import Context, copy_context
 from datetime import datetime
 from typing import Any, NamedTuple, TypedDict
@@ -32,6 +33,9 @@ class Stated(TypedDict, total=False):
     tracestate: str | None
 
 
+_MAY_BE_STATED = frozenset(Stated.__optional_keys__)
+
+
 class _Wanted(NamedTuple):
     """One call. context: the caller's, so that what a handler's thread publishes is its doing."""
 
@@ -44,7 +48,7 @@ class _Wanted(NamedTuple):
 class Line:
     """Where other threads put what the loop is to publish; one per bus.
 
-    publish: of the bus. Made or `bind`-ed where the loop runs.
+    publish: of the bus. Made, `bind`-ed or first called where the loop runs.
     """
 
     def __init__(self, publish: Callable[..., Coroutine[Any, Any, Receipt]]) -> None:
@@ -54,19 +58,33 @@ class Line:
         self._woken = False  # whether the loop is about to look
         self._closed = False
         self._running: dict[asyncio.Task[Receipt], Future[Receipt]] = {}
-        self._keeper: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None
-        try:
-            self._loop = asyncio.get_running_loop()
-        except RuntimeError:
-            self._loop = None
+        self._keeper: AsyncGenerator[None, None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        if _running_loop() is not None:
+            self.bind()
 
     def bind(self) -> None:
         """Publish in the running loop from now on."""
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if loop is self._loop:
+            return
+        if self._loop is not None and not self._loop.is_running():
+            self._end()  # nobody has said that it goes round no more
+        self._keeper = self._keep(loop)
+        with suppress(StopIteration):  # begun, so that the loop knows it; it stops at its yield
+            self._keeper.__anext__().send(None)
+        with self._lock:
+            self._loop = loop
 
     def publish_soon(self, event: Event, stated: Stated) -> "Future[Receipt]":
         """Publish in the loop. See `Bus.publish_soon`."""
+        if not stated.keys() <= _MAY_BE_STATED:
+            raise TypeError(
+                f"publish_soon takes {', '.join(sorted(_MAY_BE_STATED))} beside the event, not"
+                f" {', '.join(sorted(stated.keys() - _MAY_BE_STATED))}"
+            )
+        if self._keeper is None and _running_loop() is not None:
+            self.bind()
         wanted = _Wanted(Future(), event, stated, copy_context())
         with self._lock:
             if self._closed:
@@ -97,15 +115,19 @@ class Line:
         with self._lock:
             waiting, self._waiting = self._waiting, deque()
             self._woken = False
-        loop = asyncio.get_running_loop()
-        if waiting and self._keeper is None:
-            self._keeper = loop.create_task(self._keep(), name="publish_soon")
         for wanted in waiting:
             if wanted.future.set_running_or_notify_cancel():
-                publishing = self._publish(wanted.event, **wanted.stated)
-                task = loop.create_task(publishing, context=wanted.context)
-                self._running[task] = wanted.future
-                task.add_done_callback(self._answer)
+                self._begin(wanted)
+
+    def _begin(self, wanted: _Wanted) -> None:
+        try:
+            publishing = self._publish(wanted.event, **wanted.stated)
+            task = asyncio.get_running_loop().create_task(publishing, context=wanted.context)
+        except Exception as error:  # of this call alone: those behind it stand in line, too
+            wanted.future.set_exception(error)
+            return
+        self._running[task] = wanted.future
+        task.add_done_callback(self._answer)
 
     def _answer(self, task: asyncio.Task[Receipt]) -> None:
         future = self._running.pop(task, None)
@@ -118,17 +140,23 @@ class Line:
         else:
             future.set_result(task.result())
 
-    async def _keep(self) -> None:
-        """Notice that the loop ends without the bus having been closed."""
+    async def _keep(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
+        """Notice that the loop ends without the bus having been closed.
+
+        A loop closes the generators begun in it after it has cancelled the tasks, whenever that is.
+        A task would not do: one that is made after the others were cancelled is left behind, and
+        one that is there from the start is reported by loops that cancel none.
+        """
         try:
-            await asyncio.get_running_loop().create_future()
+            yield
         finally:
-            self._end()
+            if self._loop is loop:
+                self._end()
 
     def _end(self) -> None:
         """Take no more, and tell all who have no outcome: the loop may go round no more."""
         with self._lock:
-            self._loop = self._keeper = None
+            loop, self._loop, self._woken = self._loop, None, False
             waiting, self._waiting = self._waiting, deque()
         for wanted in waiting:
             if wanted.future.set_running_or_notify_cancel():
@@ -138,18 +166,28 @@ class Line:
         running, self._running = self._running, {}
         for task, future in running.items():
             future.set_exception(_cut_off())
-            task.cancel()
+            if loop is _running_loop():
+                task.cancel()
 
     async def close(self) -> None:
         """Take no more, publish who stands in line, and wait until all have an outcome."""
         with self._lock:
             self._closed = True
+        if self._loop is not asyncio.get_running_loop():
+            self._end()  # what it has left, nobody else can wait for
         if self._waiting:
             self._take()
         if self._running:
             await asyncio.wait(list(self._running))
         if self._keeper is not None:
-            self._keeper.cancel()
+            await self._keeper.aclose()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _cut_off() -> PublishUnknown:

@@ -28,7 +28,7 @@ FLOORS = [
     # the way in
     (
         "publisher sender appender batch unit shortage causes committer transaction hooks"
-        " observers way_in threads local"
+        " observers way_in threads local closing"
     ),
     "worker",  # the way out
     "history",  # looking back

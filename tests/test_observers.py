@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -251,6 +252,78 @@ async def test_what_an_observer_raises_is_told_and_touches_nobody_else(alone: Bu
     assert [fields["error"] for fields in said] == ["at 1", "at 3"]
     assert __file__ in said[0]["where"]
     assert "raises" in said[0]["where"]
+
+
+async def test_what_is_no_common_exception_ends_no_observer(alone: Bus) -> None:
+    """A test that fails within an observer; an exception that does not tell its text."""
+    witness = Witness(alone)
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    def raises(event: Seen) -> None:
+        if event.n == 1:
+            pytest.fail("not so")
+        if event.n == 2:
+            raise Mute
+        told.append(event.n)
+
+    told: list[int] = []
+    observer = alone.observe("observe.*", raises)
+    for n in range(1, 4):
+        alone.emit(Seen(n=n))
+    await eventually(lambda: told == [3])
+    assert observer.failed == 2
+    said = [(f["error_type"], f["error"]) for f in witness.of("observer.failed")]
+    mute = "(its text cannot be had: ZeroDivisionError)"
+    assert said == [("Failed", "not so"), ("Mute", mute)]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_observer_left_behind_in_a_closed_loop_goes_on_in_the_next() -> None:
+    """Loops that are run by hand and cancel nothing; one observer waits, the other is at work."""
+    bus = Bus.connect("memory://")
+    told: list[int] = []
+    begun: list[int] = []
+
+    async def stuck_at_first(event: Seen) -> None:
+        begun.append(event.n)
+        await (asyncio.Event().wait() if event.n == 1 else asyncio.sleep(0))
+
+    async def publish(n: int) -> None:
+        assert (await bus.publish(Seen(n=n))).entry_id
+        await eventually(lambda: told[-1:] == begun[-1:] == [n])
+
+    async def iterate() -> None:
+        async with bus.observed(Seen) as seen:
+            async for _ in seen:
+                pass
+
+    async def first() -> None:
+        tasks.append(asyncio.create_task(iterate()))
+        await publish(1)
+
+    async def second() -> None:
+        await publish(2)
+        tasks.clear()  # what was left behind is collected only now
+        gc.collect()
+        await publish(3)
+        names = [task.get_name() for task in asyncio.all_tasks()]
+        assert [names.count(o.name) for o in observers] == [1, 1], "one event at a time, still"
+
+    tasks: list[asyncio.Task[None]] = []
+    observers = [bus.observe(Seen, lambda event: told.append(event.n))]
+    observers.append(bus.observe(Seen, stuck_at_first))
+    for step in (first, second, bus.close):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(step())
+        tasks += asyncio.all_tasks(loop)
+        for task in tasks:
+            task._log_destroy_pending = False  # type: ignore[attr-defined] # as intended
+        loop.close()
+    assert (told, begun) == ([1, 2, 3], [1, 2, 3])
+    assert [o.failed + o.dropped for o in observers] == [0, 0]
 
 
 async def test_an_observer_sees_one_event_at_a_time_in_the_order_of_publishing(bus: Bus) -> None:

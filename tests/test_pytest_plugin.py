@@ -37,11 +37,35 @@ async def test_another_bus_of_the_test_is_on_the_same_place(bus_memory):
         await sow(bus)
         assert await published(other, Sown) == [Sown(n=1)]
 """
+THREADS = """
+async def test_the_loop_itself_may_at_once(bus_memory):
+    await asyncio.wrap_future(bus_memory.publish_soon(Sown(n=1)))
+    assert await published(bus_memory, Sown) == [Sown(n=1)]
+
+
+async def test_other_threads_may_after_ready(bus_memory):
+    await bus_memory.ready()
+    sown = await asyncio.to_thread(bus_memory.publish_soon, Sown(n=1))
+    await asyncio.wrap_future(sown)
+    assert await published(bus_memory, Sown) == [Sown(n=1)]
+"""
 SERVER = """
 @pytest.mark.parametrize("run", [1, 2])
 async def test_server(bus_server, run):
     async with bus_server as bus:
         await sow(bus)
+"""
+LEFT_EARLY = """
+async def test_skipped(bus_server):
+    pytest.skip("not today")
+
+
+async def test_xfailed(bus_server):
+    pytest.xfail("not yet")
+
+
+async def test_failed(bus_server):
+    raise ZeroDivisionError
 """
 SYNC = """
 def test_memory_without_any_plugin(bus_memory):
@@ -91,6 +115,11 @@ def test_with_pytest_asyncio_in_auto_mode(tmp_path: Path, ini: str) -> None:
     assert "5 passed" in (said := run_tests(tmp_path, MEMORY + SERVER, ini=ini)), said
 
 
+def test_the_bus_in_memory_publishes_for_threads(tmp_path: Path) -> None:
+    ini = f"asyncio_mode = auto\n{SCOPE}"
+    assert "2 passed" in (said := run_tests(tmp_path, THREADS, ini=ini)), said
+
+
 def test_with_pytest_asyncio_in_strict_mode(tmp_path: Path) -> None:
     marked = "pytestmark = pytest.mark.asyncio\n" + MEMORY + SERVER
     assert "5 passed" in (said := run_tests(tmp_path, marked, ini=SCOPE)), said
@@ -106,6 +135,11 @@ def test_a_server_bus_that_was_not_closed_is_told(tmp_path: Path) -> None:
     )
     assert "1 passed, 1 error" in said, said
     assert "use it as `async with bus_server as bus:`" in said
+
+
+def test_a_test_that_did_not_come_so_far_is_not_blamed_for_it(tmp_path: Path) -> None:
+    said = run_tests(tmp_path, LEFT_EARLY, ini=f"asyncio_mode = auto\n{SCOPE}")
+    assert "1 failed, 1 skipped, 1 xfailed in" in said, said
 
 
 def test_without_the_extra_it_skips_and_says_what_to_install(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from bus import (
     Event,
     InvalidEvent,
     NotRunning,
+    PublishTimeout,
+    PublishUnknown,
     Receipt,
     Worker,
     event_handler,
@@ -189,6 +191,34 @@ async def test_a_future_that_was_cancelled_in_time_publishes_nothing(bus: Bus) -
     assert [data["n"] for _, data in await entries(bus)] == [0, 2]
 
 
+# --- what is wrong with one of them
+
+
+async def test_what_publish_does_not_take_is_refused_at_the_call(bus: Bus) -> None:
+    with pytest.raises(TypeError, match=r"publish_soon takes causation_id, .*, not key, when"):
+        bus.publish_soon(Struck(who=0, n=1), key="k", when=None)  # type: ignore[call-arg]
+    assert await entries(bus) == []
+
+
+async def test_a_call_that_raises_at_once_takes_no_other_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They stand in line together, and the loop takes them together."""
+    async with Bus.connect("memory://") as bus:
+        whole, way_in = bus._way_in.publish, bus._way_in
+
+        def breaks(event: Event, *rest: Any) -> Any:
+            if event == Struck(who=0, n=1):
+                raise RuntimeError("no way in")
+            return whole(event, *rest)
+
+        monkeypatch.setattr(way_in, "publish", breaks)
+        futures = [bus.publish_soon(Struck(who=0, n=n)) for n in range(3)]
+    with pytest.raises(RuntimeError, match="no way in"):
+        futures[1].result(0)
+    assert futures[0].result(0).entry_id < futures[2].result(0).entry_id
+
+
 # --- nobody to do it
 
 
@@ -218,6 +248,71 @@ async def test_a_loop_that_runs_no_more_refuses() -> None:
     with pytest.raises(NotRunning):
         bus.publish_soon(Struck(who=0, n=1))
     await bus.close()
+
+
+def test_a_bus_made_outside_of_the_loop_publishes_in_the_one_that_asks_first() -> None:
+    bus = Bus.connect("memory://")
+
+    async def use() -> Receipt:
+        return await asyncio.wrap_future(bus.publish_soon(Struck(who=0, n=1)))
+
+    assert asyncio.run(use()).entry_id
+
+
+@pytest.fixture
+def stuck() -> Bus:
+    """A bus that nobody closes, and that never comes to an end with what it publishes."""
+    bus = Bus.connect("memory://")
+
+    @bus.hook("hook.publish")
+    async def never(event: Event) -> None:
+        await asyncio.Event().wait()
+
+    return bus
+
+
+def test_what_the_loop_takes_after_it_has_cancelled_its_tasks_has_an_outcome(stuck: Bus) -> None:
+    """It was asked for as the last thing the loop did; what takes it runs as the loop ends."""
+    futures: list[Future[Receipt]] = []
+
+    async def leave() -> None:
+        await stuck.ready()
+        this = asyncio.current_task()
+        assert this is not None
+        this.add_done_callback(lambda _: futures.append(stuck.publish_soon(Struck(who=0, n=1))))
+
+    asyncio.run(leave())
+    assert isinstance(futures[0].exception(0), PublishTimeout | PublishUnknown)
+
+
+def test_a_thread_that_the_ending_loop_waits_for_is_refused_or_has_an_outcome(stuck: Bus) -> None:
+    outcomes: list[BaseException | None] = []
+    ends = threading.Event()
+
+    def publish() -> None:
+        ends.wait(20)
+        try:
+            future = stuck.publish_soon(Struck(who=0, n=1))
+        except NotRunning as error:
+            outcomes.append(error)
+        else:
+            outcomes.append(future.exception(20))
+
+    async def until_the_end() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            ends.set()
+
+    async def leave() -> None:
+        await stuck.ready()
+        asyncio.get_running_loop().run_in_executor(None, publish)
+        async for _ in lasting:
+            break
+
+    lasting = until_the_end()
+    asyncio.run(leave())
+    assert isinstance(outcomes[0], NotRunning | PublishTimeout | PublishUnknown)
 
 
 LEAVING = """

@@ -41,6 +41,7 @@ from bus.errors import (
     StreamFull,
     Undecodable,
     UnknownEventType,
+    words_of,
 )
 from bus.event import Event, EventInfo, newest_version
 from bus.handler import Handler
@@ -403,10 +404,7 @@ def failure_of(error: BaseException, text: str | None = None) -> Failure:
     frames = traceback.extract_tb(error.__traceback__)
     users = [f for f in frames if not f.filename.startswith(_OWN_CODE)]
     last = users[-1] if users else None
-    try:
-        words = str(error) if text is None else text
-    except BaseException as broken:
-        words = f"(its text cannot be had: {type(broken).__name__})"
+    words = words_of(error) if text is None else text
     printed = "".join(traceback.format_list(users)) + f"{type(error).__name__}: {words}"
     return Failure(
         type=type(error).__name__,

@@ -2,8 +2,8 @@
 
 It is asked within the handler's attempt: what a hook takes counts towards `timeout_s`, and what it
 raises is a failed attempt. A no is a dead letter, as if the handler had raised Reject. The handler
-sees the event that the hooks went on with; the entry, and what retries and dead letters make of it,
-stay what was published.
+sees the event that the hooks went on with; the entry, and what retries, dead letters and `on_dead`
+make of it, stay what was published.
 """
 
 from collections.abc import Callable, Coroutine, Sequence
@@ -46,20 +46,28 @@ def _asking(hooks: Hooks, handler: Handler[...]) -> Callable[..., Coroutine[Any,
     call: Callable[..., Any] = handler.call
 
     async def ask_and_call(event: Any, delivery: Delivery[Any]) -> None:
-        delivery.event = await _asked(hooks, event)
-        await (call(delivery.event, delivery) if handler.takes_delivery else call(delivery.event))
+        delivery.event = made = await _asked(hooks, event)
+        try:
+            await (call(made, delivery) if handler.takes_delivery else call(made))
+        finally:
+            delivery.event = event  # on_dead is about what was published
 
     async def ask_and_call_batch(deliveries: list[Delivery[Any]]) -> None:
+        published = [(delivery, delivery.event) for delivery in deliveries]
         left = []
-        for delivery in deliveries:
-            try:
-                delivery.event = await _asked(hooks, delivery.event)
-            except Exception as error:
-                delivery.fail(error)
-            else:
-                left.append(delivery)
-        if left:
-            await call(left)
+        try:
+            for delivery in deliveries:
+                try:
+                    delivery.event = await _asked(hooks, delivery.event)
+                except Exception as error:
+                    delivery.fail(error)
+                else:
+                    left.append(delivery)
+            if left:
+                await call(left)
+        finally:
+            for delivery, event in published:
+                delivery.event = event  # as above, and one that is tried alone is asked about again
 
     return ask_and_call if handler.batch is None else ask_and_call_batch
 

@@ -10,6 +10,7 @@ import ast
 import asyncio
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -20,10 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Bus, BusClosed, DeclarationError, Event, NotSupported, Worker, event_handler
+from bus import (
+    Bus,
+    BusClosed,
+    BusError,
+    DeclarationError,
+    Event,
+    NotSupported,
+    Worker,
+    event_handler,
+)
 from bus.envelope import order
 from bus.streams import archive, leases, stream, upkeep
-from bus.streams.memory import place, store
+from bus.streams.memory import place, publishing, store
 from tests.eyes import eyes_of
 from tests.witness import eventually
 
@@ -126,6 +136,58 @@ def test_a_forked_child_has_a_copy(name: str) -> None:
         os._exit(asyncio.run(publish(2)) != [1, 2])
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert asyncio.run(publish(3)) == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # from 3.12 on: there are threads
+def test_a_forked_child_waits_for_no_thread_of_its_parent(name: str) -> None:
+    """It is in the middle of a verb as the child is made, and another waits for news."""
+    bus = Bus.connect(f"memory://{name}")
+    shared = place.place_of(name)
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with shared.lock:
+            held.set()
+            forked.wait(20)
+
+    async def fork() -> int:
+        shared.wait_for([STREAM.encode()], place.Waiter())
+        pid = os.fork()
+        if not pid:
+            signal.alarm(10)  # ends it
+            os._exit(bool(shared._waiting) or asyncio.run(numbers_after(1)) != [1])
+        return pid
+
+    async def numbers_after(n: int) -> list[int]:
+        await bus.publish(Recalled(n=n))
+        return await numbers(bus)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(20)
+    pid = asyncio.run(fork())
+    status = os.waitpid(pid, 0)[1]
+    forked.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+# --- a fault of its own
+
+
+async def test_what_no_server_would_answer_reaches_who_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with Bus.connect("memory://") as bus:
+        await bus.publish(Recalled(n=1))
+        monkeypatch.setattr(publishing, "append", lambda *_: 1 // 0)
+        async with asyncio.timeout(5):
+            with pytest.raises(BusError, match="failed, which is its own fault: Zero") as caught:
+                await bus.publish(Recalled(n=2))
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        monkeypatch.undo()
+        await bus.publish(Recalled(n=3))
+        assert await numbers(bus) == [1, 3]
 
 
 # --- reads that wait

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from bus.errors import WrongKeyType
 from bus.streams import keys
 from bus.streams.address import parse_url
 from bus.streams.answers import Limits
@@ -66,6 +67,39 @@ async def filled(store: StreamStore, count: int, consumer: str = "me") -> list[b
 async def pending(store: StreamStore) -> dict[bytes, tuple[bytes, int]]:
     rows = await raw(store, "XPENDING", S0, G, "-", "+", 1000)
     return {row[0]: (row[1], row[3]) for row in rows}
+
+
+async def test_what_a_reader_does_to_what_it_was_handed_changes_nothing(store):
+    """Handlers see the fields of their delivery, as they came."""
+    reader = store.readers([G])[0]
+    await store.create_groups([(S0, G, "0")])
+    await store.append(S0, "p", 1, [unit("a")], 1, WIDE, 5)
+    ((_, [(entry_id, fields)]),) = await reader.read(G, "me", [S0], 1, 0)
+    fields[1] = b"changed"
+    await reader.close()
+    ((_, _, taken),) = (await store.recover(S0, G, "me", 10, [])).entries
+    assert taken == [b"n", b"a"]
+    taken.clear()
+    ((_, looked_at),) = await raw(store, "XRANGE", S0, "-", "+")
+    assert looked_at == [b"n", b"a"]
+    looked_at.clear()
+    ((at, whole),) = await raw(store, "XRANGE", S0, "-", "+")
+    assert (at, whole) == (entry_id, [b"n", b"a"])
+
+
+async def test_a_group_whose_counts_cannot_be_touched_loses_nothing(store):
+    """All of what is its own goes at once, or none of it."""
+    await filled(store, 3)
+    kept = (keys.inbox(S0, G), keys.dead(S0, G), keys.overrun(S0))
+    for key in kept:
+        await raw(store, "SET", key, "not of the kind it should be")
+    with pytest.raises(WrongKeyType):
+        await store.upkeep.remove_group(S0, G)
+    assert await raw(store, "EXISTS", S0, *kept) == 4
+    assert len(await pending(store)) == 3
+    await raw(store, "DEL", keys.overrun(S0))
+    assert await store.upkeep.remove_group(S0, G)
+    assert await raw(store, "EXISTS", *kept) == 0
 
 
 # --- the way in
@@ -256,6 +290,17 @@ async def test_a_survey_tells_the_living_from_the_dead(store):
     }
     seconds, _ = await raw(store, "TIME")
     assert abs(survey.now_ms - int(seconds) * 1000) < 60_000
+
+
+async def test_nothing_becomes_a_dead_letter_while_its_worker_lives_whatever_else_is_gone(store):
+    await store.leases.keep([S0], "me", [G], 60_000)
+    letters = [(b"1-1", ["type", "t"]), (b"1-2", ["type", "t"])]
+    lease = keys.lease(S0, b"me")
+    assert await store.dead_letter(S0, G, "me", 0, letters, lease=lease) == [0, 0]
+    await store.leases.drop([S0], "me")
+    with pytest.raises(ReplyError) as caught:
+        await store.dead_letter(S0, G, "me", 0, letters, lease=lease)
+    assert caught.value.code == "NOGROUP"
 
 
 # --- leases

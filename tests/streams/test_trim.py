@@ -695,6 +695,15 @@ async def test_dropping_acks_what_was_pending_and_counts_by_group(store):
     assert await read(store, "idle", "me", 2) == entries[6:8]
 
 
+async def test_who_pins_a_stream_is_told_as_it_was_before_the_oldest_went(store):
+    tank, entries = await pinned_tank(store, keep=5, most=10, held=3)
+    full = await tank.add(9, drop_oldest=True)
+    assert (full.units, full.dropped) == (0, {G: 5})
+    assert full.room.pinned is not None
+    assert (full.room.pinned.floor, full.room.pinned.pending) == (text(entries[0]), 3)
+    assert full.room.pinned.undelivered in (7, None)
+
+
 async def test_dropping_leaves_keep_and_takes_what_then_fits(store):
     tank, entries = await pinned_tank(store, keep=15, most=20, held=10)
     where = await tank.add(3, 3, drop_oldest=True)

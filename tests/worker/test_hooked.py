@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bus import Backoff, Bus, Delivery, Event, HookRejected, Worker, event_handler
+from bus import Backoff, Bus, DeadLettered, Delivery, Event, HookRejected, Worker, event_handler
 from tests.worker.events import Asked
 
 if TYPE_CHECKING:
@@ -170,3 +170,23 @@ async def test_a_no_of_hook_publish_in_a_handler_is_its_error(bus: Bus) -> None:
     dead = await run(bus, tell, [1, 2])
     assert sorted(caught) == [1, 2]  # type: ignore[type-var]
     assert [(n, reason) for n, reason, _ in dead] == [(2, "failed")]
+
+
+@pytest.mark.parametrize("batch", [None, 10])
+async def test_on_dead_is_told_of_what_was_published(bus: Bus, batch: int | None) -> None:
+    told: list[tuple[int, int]] = []
+    seen: list[int] = []
+
+    async def on_dead(dead: DeadLettered, _: Any) -> None:
+        told.append((dead.event.n, dead.delivery.event.n))  # type: ignore[attr-defined]
+
+    async def fails(what: Any) -> None:
+        seen.extend(d.event.n for d in what) if batch else seen.append(what.n)
+        raise ZeroDivisionError
+
+    settings = {**SETTINGS, "on_dead": on_dead, "batch": batch}
+    handler = event_handler(Asked, group="asks", **settings)(fails)
+    bus.hook("hook.handle", lambda event: Asked(n=event.n + 100), types=Asked)
+    assert [n for n, _, _ in await run(bus, handler, [1, 2])] == [1, 2]
+    assert sorted(told) == [(1, 1), (2, 2)]
+    assert {*seen} == {101, 102}, "asked about once in each attempt"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Never, ParamSpec, TypeVar
 
 from bus.config import REPLY_TIMEOUT_S
-from bus.errors import BusClosed, NotSupported
+from bus.errors import BusClosed, BusError, NotSupported
 from bus.streams.connection import Answer, Arg, Connection
 from bus.streams.memory.looks import LOOKS
 from bus.streams.memory.place import Place, wire
@@ -55,6 +55,9 @@ class Direct(Connection):
                     replies = verb(self.place)
             except ReplyError as error:
                 replies = [error]
+            except Exception as error:  # whoever waits for the answer would wait for ever
+                loop.call_soon(answer.set_exception, _amiss(error))
+                return
             loop.call_soon(answer.set_result, replies)
 
         loop.call_soon(go)
@@ -79,6 +82,12 @@ class Direct(Connection):
     async def close(self) -> None:
         """Take nothing more."""
         self._closed = True
+
+
+def _amiss(error: Exception) -> BusError:
+    amiss = BusError(f"memory:// has failed, which is its own fault: {type(error).__name__}")
+    amiss.__cause__ = error
+    return amiss
 
 
 def no_server(what: str) -> NotSupported:

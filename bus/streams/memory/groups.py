@@ -54,11 +54,11 @@ def _may(was: Id, expected: str, target: Id) -> bool:
 def remove_group(place: Place, stream: str, group_name: str) -> bool:
     """Delete a group with everything that is its own; False if there was none."""
     name, key = keys.wire(group_name), keys.wire(stream)
-    log = place.log(key)
     overrun = keys.wire(keys.overrun(stream))
+    log, dropped = place.log(key), place.get(overrun, dict) or {}  # refused before the first change
     for own in (keys.inbox, keys.dead):
         place.drop(keys.wire(own(stream, group_name)))
-    (place.get(overrun, dict) or {}).pop(name, None)
+    dropped.pop(name, None)
     place.tidy(overrun)
     if log is None or log.groups.pop(name, None) is None:
         return False

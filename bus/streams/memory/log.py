@@ -224,7 +224,11 @@ class Log:
 
     def rows(self, ids: Iterable[Id]) -> list[RawEntry]:
         """Return entries as a reader sees them."""
-        return [(written(i), self.entries[i]) for i in ids]
+        return [(written(i), self.copied(i)) for i in ids]
+
+    def copied(self, entry_id: Id) -> Fields:
+        """Return the fields of an entry; whoever changes them does not change the stream."""
+        return self.entries[entry_id].copy()
 
     def ahead_of(self, group: Group) -> int:
         """Return how many entries a group was not given yet."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from bus.streams.connection import Arg
+from bus.streams.fork import call_after_fork
 from bus.streams.memory.log import Group, Id, Log, following, is_lane, written
 from bus.streams.replies import ReplyError
 
@@ -89,6 +90,12 @@ class Place:
         self._waiting: dict[bytes, set[Waiter]] = {}
         self._newest: Id = (0, 0)  # the highest id given here
         self._until_look = _LOOK_AROUND
+        call_after_fork(self._after_fork)
+
+    def _after_fork(self) -> None:
+        """Leave to the parent who holds the lock and who waits: in the child nobody lets go."""
+        self.lock = threading.RLock()
+        self._waiting.clear()
 
     # --- time
 

@@ -106,6 +106,7 @@ def look(
         return length, None
     least = max(length + total - most, over - slack // 2)
     floor, lost = trim(log, keep, least, max(total, NODE))
+    pinned = floor.pinned(log)  # as it was found: dropping is what its pin has come to
     dropped: dict[str, int] = {}
     if drop and len(log) + total > most:
         dropped = drop_oldest(log, keep, len(log) + total - most)
@@ -113,7 +114,7 @@ def look(
         for group, count in dropped.items():
             name = keys.wire(group)
             overrun[name] = b"%d" % (int(overrun.get(name, b"0")) + count)
-    return len(log), Looked(stream, floor.pinned(log), lost, dropped)
+    return len(log), Looked(stream, pinned, lost, dropped)
 
 
 def room(

@@ -56,7 +56,7 @@ def _take(
             continue
         row = group.rows[entry_id]
         group.hand_over(entry_id, me, now_ms, row.count + raising)
-        entries.append((written(entry_id), row.count, log.entries[entry_id]))
+        entries.append((written(entry_id), row.count, log.copied(entry_id)))
     return Taken(entries, lost)
 
 

@@ -6,75 +6,58 @@ Errors: ReplyError, in a server's words.
 
 import math
 from collections.abc import Callable
-from decimal import Context, Decimal, InvalidOperation
+from contextlib import suppress
+from fractions import Fraction
 
+from bus.streams.memory import numbers
 from bus.streams.memory.place import Place, Scores
 from bus.streams.replies import Reply, ReplyError
 
 Command = Callable[..., Reply]
-_LARGEST = 2**63 - 1
-_LIKE_LONG_DOUBLE = Context(prec=19)
-_PLACES = Decimal(1).scaleb(-17)  # a server writes so many digits after the point
+_NO_INTEGER = "value is not an integer or out of range"
+_NO_FLOAT = "value is not a valid float"
 
 
 def _error(text: str) -> ReplyError:
     return ReplyError("ERR", f"ERR {text}")
 
 
-def _whole(value: bytes, said: str = "value is not an integer or out of range") -> int:
+def _whole(value: bytes, said: str = _NO_INTEGER) -> int:
     """Return a whole number of 64 bits, written as a server writes one."""
     try:
-        number = int(value)
+        return numbers.whole(value)
     except ValueError:
         raise _error(said) from None
-    if str(number).encode() != value or not -_LARGEST - 1 <= number <= _LARGEST:
-        raise _error(said)
-    return number
 
 
-def _summed(before: int, by: bytes) -> int:
-    total = before + _whole(by)
-    if not -_LARGEST - 1 <= total <= _LARGEST:
+def _summed(before: bytes | None, by: bytes, said: str) -> int:
+    step = _whole(by)
+    total = (0 if before is None else _whole(before, said)) + step
+    if not numbers.fits(total):
         raise _error("increment or decrement would overflow")
     return total
 
 
-def _decimal(value: bytes, said: str) -> Decimal:
+def _long_double(value: bytes, said: str) -> Fraction | None:
     try:
-        number = Decimal(value.decode().strip("\0"))
-    except (InvalidOperation, UnicodeDecodeError):
+        return numbers.long_double(value)
+    except ValueError:
         raise _error(said) from None
-    if b"_" in value or value != value.strip() or number.is_nan():
-        raise _error(said)
-    return number
 
 
-def _float_sum(before: bytes, by: bytes, said: str) -> bytes:
-    one, other = _decimal(before, said), _decimal(by, "value is not a valid float")
-    if one.is_infinite() or other.is_infinite():
-        raise _error("increment would produce NaN or Infinity")
-    total = _LIKE_LONG_DOUBLE.add(one, other)
-    text = format(total if total.adjusted() > 1 else total.quantize(_PLACES), "f")
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return b"0" if text in ("-0", "") else text.encode()
+def _float_sum(before: bytes | None, by: Fraction | None, said: str) -> bytes:
+    there = Fraction() if before is None else _long_double(before, said)
+    if there is not None and by is not None:
+        with suppress(ValueError):
+            return numbers.long_double_text(numbers.nearest(there + by))
+    raise _error("increment would produce NaN or Infinity")
 
 
 def _score(value: bytes) -> float:
     try:
-        number = float(value)
+        return numbers.score(value)
     except ValueError:
-        raise _error("value is not a valid float") from None
-    if math.isnan(number) or b"_" in value:
-        raise _error("value is not a valid float")
-    return number
-
-
-def _shown(score: float) -> bytes:
-    if math.isinf(score):
-        return b"inf" if score > 0 else b"-inf"
-    if score == int(score) and abs(score) < 1e17:  # noqa: PLR2004 - written out up to there
-        return b"%d" % int(score)
-    return repr(score).encode()
+        raise _error(_NO_FLOAT) from None
 
 
 # --- strings
@@ -100,14 +83,13 @@ def _kept(place: Place, key: bytes, value: bytes) -> None:
 
 
 def _incrby(place: Place, key: bytes, by: bytes) -> Reply:
-    before = place.get(key, bytes)
-    total = _summed(_whole(b"0" if before is None else before), by)
+    total = _summed(place.get(key, bytes), by, _NO_INTEGER)
     _kept(place, key, b"%d" % total)
     return total
 
 
 def _incrbyfloat(place: Place, key: bytes, by: bytes) -> Reply:
-    total = _float_sum(place.get(key, bytes) or b"0", by, "value is not a valid float")
+    total = _float_sum(place.get(key, bytes), _long_double(by, _NO_FLOAT), _NO_FLOAT)
     _kept(place, key, total)
     return total
 
@@ -142,14 +124,17 @@ def _hgetall(place: Place, key: bytes) -> Reply:
 
 def _hincrby(place: Place, key: bytes, field: bytes, by: bytes) -> Reply:
     fields = place.get(key, dict) or {}
-    total = _summed(_whole(fields.get(field, b"0"), "hash value is not an integer"), by)
+    total = _summed(fields.get(field), by, "hash value is not an integer")
     place.made(key, dict)[field] = b"%d" % total
     return total
 
 
 def _hincrbyfloat(place: Place, key: bytes, field: bytes, by: bytes) -> Reply:
+    step = _long_double(by, _NO_FLOAT)
+    if step is None:
+        raise _error("value is NaN or Infinity")
     fields = place.get(key, dict) or {}
-    total = _float_sum(fields.get(field, b"0"), by, "hash value is not a float")
+    total = _float_sum(fields.get(field), step, "hash value is not a float")
     place.made(key, dict)[field] = total
     return total
 
@@ -220,11 +205,12 @@ def _zadd(place: Place, key: bytes, *args: bytes) -> Reply:
 
 def _zincrby(place: Place, key: bytes, by: bytes, member: bytes) -> Reply:
     scores = place.get(key, Scores) or Scores()
-    total = scores.get(member, 0.0) + _score(by)
+    step, before = _score(by), scores.get(member)
+    total = step if before is None else before + step
     if math.isnan(total):
         raise _error("resulting score is not a number (NaN)")
     place.made(key, Scores)[member] = total
-    return _shown(total)
+    return numbers.score_text(total)
 
 
 def _zrem(place: Place, key: bytes, *members: bytes) -> Reply:
@@ -236,7 +222,7 @@ def _zrem(place: Place, key: bytes, *members: bytes) -> Reply:
 
 def _zscore(place: Place, key: bytes, member: bytes) -> Reply:
     score = (place.get(key, Scores) or Scores()).get(member)
-    return None if score is None else _shown(score)
+    return None if score is None else numbers.score_text(score + 0.0)  # never -0
 
 
 def _zcard(place: Place, key: bytes) -> Reply:

@@ -82,15 +82,16 @@ def dead_letter(
     lease: bytes | None,
 ) -> list[Buried]:
     """Move deliveries, with the bodies that the worker has, to the dead letters."""
+    if lease is not None and place.exists(lease):
+        return [Buried.REFUSED for _ in entries]
     log, group = place.group(keys.wire(stream), keys.wire(group_name))
     dead = keys.wire(keys.dead(stream, group_name))
     letters = place.log(dead)
     room = most - len(letters or ()) if most > 0 else None
-    alive = lease is not None and place.exists(lease)
     answers = []
     for said, fields in entries:
         entry_id = order(said)
-        if alive or not group.owned(entry_id, keys.wire(consumer)):
+        if not group.owned(entry_id, keys.wire(consumer)):
             answers.append(Buried.REFUSED)
         elif room is not None and room < 1:
             answers.append(Buried.FULL)
