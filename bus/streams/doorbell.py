@@ -107,7 +107,11 @@ class Doorbell:
         """Ring for all who wait, as long as there are any."""
         try:
             while self._waiters:
-                if unknown := self._watched - self._newest.keys():
+                # Whatever is waited for, streams may be added or forgotten meanwhile: so each
+                # comes alone, and between the last look and the watch nothing is waited for.
+                if self._waiting.client_id is None:
+                    await self._learn_name()
+                elif unknown := self._watched - self._newest.keys():
                     await self._learn(list(unknown))
                 else:
                     await self._ring_once()
@@ -122,10 +126,12 @@ class Doorbell:
         finally:
             self._ringing = None
 
+    async def _learn_name(self) -> None:
+        """Ask what the connection is called, before anything can block on it. CLIENT ID."""
+        (identity,) = await self._waiting.submit(pack(("CLIENT", "ID")))
+        self._waiting.client_id = identity if isinstance(identity, int) else 0
+
     async def _ring_once(self) -> None:
-        if self._waiting.client_id is None:  # known before anything can block
-            (identity,) = await self._waiting.submit(pack(("CLIENT", "ID")))
-            self._waiting.client_id = identity if isinstance(identity, int) else 0
         # What others read while nothing watched a stream is behind what is watched from now on.
         behind = [f for f, (streams, had) in self._waiters.items() if had != self.heard(streams)]
         for future in self._taken(behind):

@@ -204,6 +204,47 @@ class Slow:
         return answer
 
 
+class Unnamed:
+    """A connection that is told what it is called when `named` is set, and not before."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self.client_id: int | None = None
+        self.named = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    def submit(self, packed: bytes, *rest: Any) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(self._submit(packed, *rest))
+
+    async def _submit(self, packed: bytes, *rest: Any) -> Any:
+        answer = await self._connection.submit(packed, *rest)
+        if b"CLIENT" in packed:
+            self.asked.set()
+            await self.named.wait()
+        return answer
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+async def test_what_is_added_or_forgotten_while_the_bell_learns_its_name_rings(desk) -> None:
+    await desk.make_groups(A, B)
+    bell = desk.readers[0]._bell
+    unnamed = bell._waiting = Unnamed(bell._waiting)
+    first = desk.read(0, A)
+    await asyncio.wait_for(unnamed.asked.wait(), 5)
+    second = desk.read(1, B)
+    await eventually(lambda: B in bell._watched)
+    with pytest.raises(ReplyError, match="NOGROUP"):
+        await desk.read(2, "bus:{nobody:0}")
+    unnamed.named.set()
+    await eventually(lambda: bell._armed == {A, B})
+    await desk.append(A, "x")
+    await desk.append(B, "y")
+    found = await asyncio.wait_for(asyncio.gather(first, second), 5)
+    assert [values(f) for f in found] == [[b"x"], [b"y"]]
+
+
 async def test_a_busy_stream_rings_for_nobody(desk, valkey_url, shared_server) -> None:
     """The bell is not rung for each event of a stream whose groups are all at work."""
     await desk.make_groups(A, B)
