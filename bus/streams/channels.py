@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bus.streams import keys
 from bus.streams.answers import Appended, Limits, Room
 from bus.streams.archive import Archive
 from bus.streams.codec import Fields, locate
@@ -57,7 +58,7 @@ class ChannelAppends:
         own. at_once: nothing else is published in this turn.
         """
         args = self._args(units, events, limits, again=False)
-        packed = _append.packed((stream,), args)
+        packed = _append.packed(_beside(stream), args)
         self._connection.submit_for(answer, packed, 1, timeout_s, at_once=at_once)
 
     async def append(
@@ -75,7 +76,7 @@ class ChannelAppends:
         It is looked for from the end of the channel on, at worst in all of it: 0.5 us an entry.
         """
         args = self._args(units, events, limits, again=True)
-        return appended([await _append.run(self._connection, (stream,), args, timeout_s)])
+        return appended([await _append.run(self._connection, _beside(stream), args, timeout_s)])
 
     async def room(self, stream: str, limits: Limits, entries: int) -> Room:  # noqa: ARG002
         """Return that there is room for all: a channel drops its oldest."""
@@ -122,6 +123,11 @@ class ChannelStore:
             trimmed=row.get("entries-added", row["length"]) > row["length"],
             expires_ms=left_ms if left_ms >= 0 else None,
         )
+
+
+def _beside(channel: str) -> tuple[str, str]:
+    """Return the keys of the script: the channel, and the one that never exists."""
+    return channel, keys.channel_probe(channel)
 
 
 def is_end(fields: list[bytes]) -> bool:

@@ -1,5 +1,5 @@
 -- channel_append: add events to a channel, at most once per batch, and put off its expiry.
--- KEYS  1 the channel
+-- KEYS  1 the channel  2 one beside it that never exists
 -- ARGV  1 ms until it expires  2 most entries  3 type of the end marker
 --       4 1 if the batch may be in already  5 number of events
 --       then per event: 1, number of arguments, field, value, ...; id, type and data come first
@@ -40,7 +40,10 @@ end
 if newest and tonumber(string.match(newest[1], '%d+$')) > 4503599627370496 then
   return redis.error_reply('ERR the last id of the channel leaves no room to count on')
 end
--- First, so that who may not do it has added nothing.
+-- The server asks whether there is memory only as long as a script has called nothing that writes,
+-- and not before PEXPIRE. This adds nothing, and is refused when it is full.
+redis.call('XADD', KEYS[2], 'NOMKSTREAM', 'MAXLEN', 0, '*', 'probe', 1)
+-- Before the entries, so that who may not do it has added nothing.
 local there = redis.call('PEXPIRE', KEYS[1], ARGV[1])
 local first, prefix, low
 at = 6
