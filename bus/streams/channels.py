@@ -105,10 +105,11 @@ class ChannelStore:
     async def look(self, channel: str) -> ChannelState | None:
         """Return what a channel looks like, None if it is not there.
 
-        XINFO STREAM and PTTL, one write: the oldest and the newest entry come along.
+        A probe, XINFO STREAM and PTTL, one write: the oldest and the newest entry come along.
         Errors: WrongKeyType, PermissionDenied.
         """
-        info, left_ms = await self._archive.look([("XINFO", "STREAM", channel), ("PTTL", channel)])
+        asked: list[tuple[Arg, ...]] = [("XINFO", "STREAM", channel), ("PTTL", channel)]
+        info, left_ms = await self._archive.look_at_primary(asked)
         for reply in (info, left_ms):
             if isinstance(reply, ReplyError):
                 if reply.code == "ERR" and "no such key" in reply.text:

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from bus.config import REPLY_TIMEOUT_S
 from bus.streams.answers import RawEntry
-from bus.streams.archive import Archive
+from bus.streams.archive import WRITE_PROBE, Archive
 from bus.streams.connection import Arg, Connection, pack
-from bus.streams.replies import Reply, ReplyError, row_of
+from bus.streams.replies import Reply, ReplyError, refuse_replica, row_of
 
 _LOOKED_AT_ONCE = 100  # streams per write: two bodies come along with each
 
@@ -34,10 +34,17 @@ class Follower:
         self._connection = connection
         self._commands = commands  # what ends a read that blocks
 
-    async def prepare(self) -> None:
-        """Connect, and learn what `unblock` needs to know. CLIENT ID, once per connection."""
-        if self._connection.client_id is None:
-            (identity,) = await self._connection.submit(pack(("CLIENT", "ID")))
+    async def prepare(self, *, check: bool) -> None:
+        """Connect to the server that takes writes, and learn what `unblock` needs to know.
+
+        CLIENT ID and a probe, once per connection, and when there is to be a `check`: a primary
+        that becomes a replica goes on answering, and may be cut off from what comes.
+        Errors: a transient ReplyError of a replica; it is asked again over another connection.
+        """
+        if check or self._connection.client_id is None:
+            packed = pack(("CLIENT", "ID")) + pack(WRITE_PROBE)
+            identity, probe = await self._connection.submit(packed, 2)
+            refuse_replica(probe)
             # The access list may forbid asking; then reads end by their BLOCK.
             self._connection.client_id = identity if isinstance(identity, int) else 0
 
@@ -78,12 +85,12 @@ def entries_of(replies: Iterable[Reply]) -> list[tuple[str, list[RawEntry]]]:
 async def extents(archive: Archive, streams: Sequence[str]) -> list[Extent | ReplyError | None]:
     """Return where streams begin and end, None for one that is not there.
 
-    XINFO STREAM each, 100 in one write, on the connection for looking back.
+    A probe and XINFO STREAM each, 100 in one write, on the connection for looking back.
     """
     found: list[Extent | ReplyError | None] = []
     for at in range(0, len(streams), _LOOKED_AT_ONCE):
         some = streams[at : at + _LOOKED_AT_ONCE]
-        replies = await archive.look([("XINFO", "STREAM", s) for s in some])
+        replies = await archive.look_at_primary([("XINFO", "STREAM", s) for s in some])
         found += [_extent(reply) for reply in replies]
     return found
 

@@ -290,6 +290,10 @@ class MemoryArchive(Archive):
     def __init__(self, direct: Direct) -> None:
         self._connection = self._direct = direct
 
+    async def look_at_primary(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
+        """Send commands that only read: there is no other place."""
+        return await self.look(commands)
+
     async def lags(
         self,
         stream: str,
