@@ -1,6 +1,7 @@
 """A channel as Server-Sent Events: what a browser's EventSource follows, and goes on with."""
 
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -76,7 +77,10 @@ def _json(envelope: Envelope) -> str:
     """Return the data as JSON, whoever wrote it; what cannot be read, as it is."""
     data = envelope.data
     if envelope.content_type == MSGPACK.encode():
-        data = msgspec.json.encode(msgspec.msgpack.decode(data))
+        # It may be none, hold what JSON cannot, or be nested too deep. A response that failed of
+        # it would fail again each time the client comes back: nothing behind it would ever come.
+        with suppress(msgspec.MsgspecError, TypeError, ValueError, RecursionError):
+            data = msgspec.json.encode(msgspec.msgpack.decode(data))
     return data.decode(errors="replace")
 
 

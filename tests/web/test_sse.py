@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastapi
 import httpx
+import msgspec
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -280,6 +281,25 @@ async def test_bad_options_are_the_programs_fault(valkey: Bus, options: Any) -> 
     request = Request({"type": "http", "headers": [], "query_string": b""})
     with pytest.raises(DeclarationError):
         sse(request, valkey.channel("a"), **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\xc1", b"", b"\xd4\x05x", msgspec.msgpack.encode({(1, 2): 3}), b"\x91" * 5000 + b"\x01"],
+    ids=["not msgpack", "nothing", "an extension", "a pair as a key", "nested too deep"],
+)
+async def test_msgpack_that_json_cannot_say_is_passed_on_and_the_rest_follows(
+    valkey: Bus, data: bytes
+) -> None:
+    channel = valkey.channel("a")
+    fields = {"id": "x", "type": "a.b", "data": data, "datacontenttype": "application/msgpack"}
+    await valkey.redis.xadd(channel.key, fields)
+    await channel.publish(Packed(n=4))
+    await channel.end()
+    async with browsing(valkey) as client:
+        odd, packed, end = await all_of(client, "/runs/a")
+    assert odd.data == data.decode(errors="replace")
+    assert (json.loads(packed.data), end.event) == ({"n": 4}, "end")
 
 
 async def test_data_that_others_wrote_is_passed_on_whatever_it_is(valkey: Bus) -> None:
