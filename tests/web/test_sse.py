@@ -305,7 +305,7 @@ async def test_msgpack_that_json_cannot_say_is_passed_on_and_the_rest_follows(
 async def test_data_that_others_wrote_is_passed_on_whatever_it_is(valkey: Bus) -> None:
     channel = valkey.channel("a")
     for data in (b'{\n"n": 1\n}', b"\xff\xfe", b""):
-        await valkey.redis.xadd(channel.key, {"id": "x", "type": "a\r\nevent: end", "data": data})
+        await valkey.redis.xadd(channel.key, {"id": "x", "type": "a.\r\nevent: end", "data": data})
     await channel.publish(Token(n=4))
     await channel.end()
     async with browsing(valkey) as client:
@@ -313,7 +313,18 @@ async def test_data_that_others_wrote_is_passed_on_whatever_it_is(valkey: Bus) -
     assert json.loads(seen[0].data) == {"n": 1}
     assert "\ufffd" in seen[1].data
     assert [s.event for s in seen[-2:]] == ["web.token", "end"]
-    assert seen[0].event == "aevent: end", "a line break begins no other field"
+    assert seen[0].event == "a.event: end", "a line break begins no other field"
+
+
+@pytest.mark.parametrize("type", ["end", "gap", "error", "e\nnd", "", b"\xff"])
+async def test_no_entry_looks_like_an_end_or_a_gap(valkey: Bus, type: Any) -> None:
+    channel = valkey.channel("a")
+    await valkey.redis.xadd(channel.key, {"id": "x", "type": type, "data": "{}"})
+    await say(channel, 1)
+    await channel.end()
+    async with browsing(valkey) as client:
+        seen = await all_of(client, "/runs/a")
+    assert [s.event for s in seen] == ["message", "web.token", "end"]
 
 
 # --- the application
