@@ -245,7 +245,7 @@ class SharedReader:
                 self._has_all.update(zip(streams, heard, strict=True))
                 self._has_all.update((s, id_of(entries[-1][0])) for s, entries in found)
             # Also when nothing rang for so long: the group may have been moved back.
-            if found or not block_ms or not rings:
+            if found or not block_ms or not rings or self._unblocked:
                 return found
             rings = await self._wait(streams, heard, ends_at)
         return []

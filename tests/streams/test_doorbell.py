@@ -204,6 +204,24 @@ class Slow:
         return answer
 
 
+async def test_a_read_that_is_on_its_way_is_ended_too(desk, shared_server) -> None:
+    await desk.make_groups(A)
+    await desk.append(A, *map(str, range(100)))
+    assert len(values(await desk.read(0, A))) == 100  # as many as it may: it asks for more at once
+    reading = desk.read(0, A)
+    await asyncio.sleep(0)  # it has asked, and has no answer
+    assert desk.readers[0]._waits is None
+    await desk.readers[0].unblock()
+    assert await asyncio.wait_for(reading, 5) == []
+    waiting = desk.read(0, A)
+    await until_blocked(shared_server("valkey-9.1"))
+    await desk.readers[0].unblock()
+    assert await asyncio.wait_for(waiting, 5) == []
+    again = desk.read(0, A)
+    await desk.append(A, "x")
+    assert values(await asyncio.wait_for(again, 5)) == [b"x"]
+
+
 class Unnamed:
     """A connection that is told what it is called when `named` is set, and not before."""
 
