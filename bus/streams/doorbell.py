@@ -19,6 +19,7 @@ from bus.streams.replies import Reply, ReplyError, row_of
 
 _Id = tuple[int, int]  # an entry id, as numbers
 _BLOCK_MS_UNNAMED = 100
+_OF_ITS_STREAMS = frozenset(["NOGROUP", "WRONGTYPE"])  # errors that say nothing of any others
 
 
 class Doorbell:
@@ -62,12 +63,12 @@ class Doorbell:
 
     # --- reading
 
-    async def read(self, packed: bytes) -> list[tuple[str, list[RawEntry]]]:
+    async def read(self, streams: Sequence[str], packed: bytes) -> list[tuple[str, list[RawEntry]]]:
         """Send a read that does not block, in one write with those of others. XREADGROUP."""
         try:
             found = entries_of(await self._reading.submit(packed))
-        except BusError:
-            self._newest.clear()  # streams may begin anew
+        except BusError as error:
+            self._forget(streams, error)
             raise
         for stream, entries in found:
             if entries:
@@ -194,6 +195,14 @@ class Doorbell:
         finally:
             self._rearming = None
 
+    def _forget(self, streams: Sequence[str], error: BusError) -> None:
+        """Forget how far streams have come, which may begin anew: all, if the server may be."""
+        if isinstance(error, ReplyError) and error.code in _OF_ITS_STREAMS:
+            for stream in streams:
+                self._newest.pop(stream, None)
+        else:
+            self._newest.clear()
+
     def _hear(self, stream: str, entry_id: bytes) -> None:
         given = id_of(entry_id)
         if given > self._newest.get(stream, (-1, 0)):
@@ -240,7 +249,7 @@ class SharedReader:
         while not self._unblocked:
             heard = self._bell.heard(streams)
             self._has_all.clear()
-            found = await self._bell.read(packed)
+            found = await self._bell.read(streams, packed)
             if all(len(entries) < count for _, entries in found):
                 self._has_all.update(zip(streams, heard, strict=True))
                 self._has_all.update((s, id_of(entries[-1][0])) for s, entries in found)

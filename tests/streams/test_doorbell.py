@@ -222,6 +222,25 @@ async def test_a_read_that_is_on_its_way_is_ended_too(desk, shared_server) -> No
     assert values(await asyncio.wait_for(again, 5)) == [b"x"]
 
 
+async def test_a_group_that_is_missing_makes_nobody_else_look(
+    desk, valkey_url, shared_server
+) -> None:
+    """It is asked for again and again, as long as nobody makes it."""
+    await desk.make_groups(A, B)
+    waiting = [desk.read(n, A) for n in range(10)]
+    await until_blocked(shared_server("valkey-9.1"))
+    before = await calls(valkey_url, "xreadgroup")
+    with pytest.raises(ReplyError, match="NOGROUP"):
+        await desk.read(10, "bus:{nobody:0}")
+    late = desk.read(11, B)  # for this the watch is made anew
+    await eventually(lambda: desk.readers[0]._bell._armed == {A, B})
+    assert await calls(valkey_url, "xreadgroup") - before <= 4
+    await desk.append(A, "x")
+    assert [values(f) for f in await asyncio.gather(*waiting)] == [[b"x"]] * 10
+    await desk.append(B, "y")
+    assert values(await late) == [b"y"]
+
+
 class Unnamed:
     """A connection that is told what it is called when `named` is set, and not before."""
 
