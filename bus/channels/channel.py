@@ -116,7 +116,7 @@ class Channel:
     def tail(self, after: str | None = None) -> ChannelTail:
         """Iterate over what was published and what comes, until the end. See `ChannelTail`.
 
-        after: id of an entry, to go on behind it; None for the beginning.
+        after: id of an entry, to go on behind it; None, or 0-0, for the beginning.
         Errors: DeclarationError for what is no id.
         """
         return ChannelTail(self._channels.hub, self.name, self.key, after)

@@ -312,7 +312,8 @@ class Hub:
         gaps = []
         proof = self._proofs.pop(stream)
         if proof is not None and extent is not None and not reaches(extent, proof.after):
-            gaps.append(Gap(stream, proof.after, proof.first, followed.place.at))
+            at = followed.place.at
+            gaps.append(Gap(stream, proof.after, proof.first, at, another=extent.whole))
         gap = followed.place.check(stream, extent)
         if gap is not None:
             gaps.append(gap)

@@ -292,6 +292,62 @@ async def test_a_beginning_that_was_dropped_before_it_could_be_read_is_told(valk
     assert first > 0
 
 
+async def test_the_id_before_all_is_the_beginning(valkey: Bus) -> None:
+    begun, new = valkey.channel("begun", maxlen=100), valkey.channel("new")
+    for start in range(0, 1000, 100):
+        await say(begun, *range(start, start + 100))
+    tail = begun.tail("0-0")
+    with pytest.raises(ChannelGap) as told:
+        await anext(tail)
+    assert (told.value.reason, told.value.after) == ("trimmed", None)
+    assert (await some(tail, 1))[0] > 0
+    waiting = asyncio.create_task(anext(new.tail("00-0")))
+    await eventually(lambda: new.key in valkey._hub._followed)
+    await say(new, 1)
+    assert (await waiting).entry_id
+
+
+async def _later(bus: Bus, entry_id: str) -> bool:
+    """Whether the ids that are given now are beyond this one, also in a key that is new."""
+    seconds, microseconds = await eyes_of(bus).time()
+    return seconds * 1000 + microseconds // 1000 > int(entry_id.partition("-")[0])
+
+
+async def test_a_channel_begun_anew_is_told_from_one_that_has_dropped_entries(valkey: Bus) -> None:
+    channel = valkey.channel("run", maxlen=100)
+    *_, last = await say(channel, 1, 2, 3)
+    await eyes_of(valkey).delete(channel.key)
+    await eventually(lambda: _later(valkey, last))
+    first, _ = await say(channel, 4, 5)
+    tail = channel.tail(last)
+    with pytest.raises(ChannelGap, match="does not reach to") as told:
+        await anext(tail)
+    assert (told.value.reason, told.value.after, told.value.first) == ("restarted", last, first)
+    assert await some(tail, 2) == [4, 5]
+
+
+async def test_a_channel_begun_anew_under_a_tail_that_waits_is_told_where_it_was(
+    valkey: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes is given at once, and the gap says that it was before it."""
+    monkeypatch.setattr(hub, "BLOCK_MS", 50)
+    channel = valkey.channel("run")
+    tail = channel.tail()
+    waiting = asyncio.create_task(some(tail, 2))
+    await eventually(lambda: valkey._hub._followed)
+    (last,) = await say(channel, 1)
+    await eventually(lambda: tail.position == last)
+    await eyes_of(valkey).delete(channel.key)
+    await eventually(lambda: _later(valkey, last))
+    (first,) = await say(channel, 2)
+    assert await waiting == [1, 2]
+    with pytest.raises(ChannelGap, match=f"does not reach to {last}") as told:
+        await anext(tail)
+    assert (told.value.reason, told.value.after, told.value.first) == ("restarted", last, first)
+    await say(channel, 3)
+    assert await some(tail, 1) == [3]
+
+
 async def test_what_is_dropped_between_the_look_and_the_first_read_is_told(valkey: Bus) -> None:
     channel = valkey.channel("run")
     ids = await say(channel, *range(10))
