@@ -32,11 +32,11 @@ class ChannelState(NamedTuple):
 
 
 class ChannelAppends:
-    """Appends to channels that expire `ttl_ms` after it: what a `Sender` needs of a store."""
+    """Appends to a channel that expires `ttl_ms` after it: what a `Sender` needs of a store."""
 
     def __init__(self, connection: Connection, ttl_ms: int) -> None:
         self._connection = connection
-        self._ttl_ms = ttl_ms
+        self.ttl_ms = ttl_ms
 
     def append_soon(
         self,
@@ -85,7 +85,7 @@ class ChannelAppends:
     def _args(
         self, units: Sequence[list[Arg]], events: int, limits: Limits, *, again: bool
     ) -> list[Arg]:
-        args: list[Arg] = [self._ttl_ms, limits.most, END_TYPE, 1 if again else 0, events]
+        args: list[Arg] = [self.ttl_ms, limits.most, END_TYPE, 1 if again else 0, events]
         for unit in units:
             args += unit
         return args

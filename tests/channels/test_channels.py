@@ -183,6 +183,29 @@ async def test_the_end_comes_behind_what_was_being_published_and_before_what_cam
     assert await heard(channel.tail()) == [0, 1, 2]
 
 
+async def test_all_objects_of_a_channel_publish_in_one_order_and_none_behind_the_end(
+    bus: Bus,
+) -> None:
+    plain, short = bus.channel("run"), bus.channel("run", ttl=timedelta(minutes=1))
+    small = bus.channel("run", maxlen=200)
+    objects = [plain, short, small]
+    await asyncio.gather(*(objects[n % 3].publish(Token(n=n)) for n in range(100)))
+    last = [plain.publish(Token(n=100)), short.end(), small.publish(Token(n=101))]
+    *_, late = await asyncio.gather(*last, return_exceptions=True)
+    assert isinstance(late, ChannelEnded)
+    assert await heard(plain.tail()) == list(range(101))
+
+
+async def test_a_channel_lives_as_long_and_is_as_long_as_was_said_last(valkey: Bus) -> None:
+    long, short = valkey.channel("run"), valkey.channel("run", ttl=timedelta(minutes=1), maxlen=100)
+    for of, ttl_ms, length in ((long, 3_600_000, 1000), (short, 60_000, 200), (long, 3_600_000, 1)):
+        await asyncio.gather(*(of.publish(Token(n=n)) for n in range(1000 if of is long else 1)))
+        left_ms = await eyes_of(valkey).pttl(of.key)
+        assert ttl_ms - 5_000 < left_ms <= ttl_ms
+        found = await eyes_of(valkey).xlen(of.key)
+        assert found <= length if of is short else found >= length
+
+
 async def test_entries_have_the_wire_format_of_all_others(bus: Bus) -> None:
     channel = bus.channel("run")
     receipt = await channel.publish(Token(n=1, text="ä"))
@@ -743,7 +766,7 @@ async def test_two_thousand_channels_need_no_more_connections_than_two(
         await asyncio.gather(*(c.end() for c in some_channels))
     assert await asyncio.gather(*reading) == [[0, 1, 2, 3]] * 2_000
     assert clients(server) == connections
-    assert len(valkey._channels.senders._senders) <= 64
+    assert len(valkey._channels.senders._lines) <= 64
 
 
 async def test_a_channel_costs_a_process_little_and_unused_nearly_nothing(valkey: Bus) -> None:
@@ -776,15 +799,15 @@ def _memory(server: EmbeddedServer) -> int:
 
 
 async def test_channels_that_are_not_written_to_any_more_leave_nothing(valkey: Bus) -> None:
-    senders = valkey._channels.senders._senders
+    senders = valkey._channels.senders._lines
     for n in range(300):
         await say(valkey.channel(f"run-{n}"), 0)
         assert len(senders) <= 64
     channel = valkey.channel("run")
     await say(channel, 0)
-    assert channel._lane in senders
+    assert channel.key in senders
     await channel.end()
-    assert channel._lane not in senders
+    assert channel.key not in senders
 
 
 async def test_handlers_and_topics_know_nothing_of_channels(bus: Bus) -> None:

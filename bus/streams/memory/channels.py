@@ -68,7 +68,7 @@ class MemoryChannelAppends(ChannelAppends):
 
     def __init__(self, direct: Direct, ttl_ms: int) -> None:
         self._direct = direct
-        self._ttl_ms = ttl_ms
+        self.ttl_ms = ttl_ms
 
     def append_soon(
         self,
@@ -86,7 +86,7 @@ class MemoryChannelAppends(ChannelAppends):
         """Append events, a turn of the loop later; behind an end marker none."""
 
         def go(place: Place) -> list[Reply]:
-            done = append(place, stream, self._ttl_ms, limits.most, units, again=False)
+            done = append(place, stream, self.ttl_ms, limits.most, units, again=False)
             return [as_answered(done)]
 
         self._direct.do_soon(answer, go)
@@ -102,7 +102,7 @@ class MemoryChannelAppends(ChannelAppends):
         timeout_s: float,  # noqa: ARG002 - as above
     ) -> Appended:
         """Do the same for a batch that may be in already, and wait for the answer."""
-        return await self._direct.do(append, stream, self._ttl_ms, limits.most, units, again=True)
+        return await self._direct.do(append, stream, self.ttl_ms, limits.most, units, again=True)
 
 
 class MemoryChannels(ChannelStore):
