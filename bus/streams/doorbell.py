@@ -13,7 +13,7 @@ from bus.config import BLOCK_MS, REPLY_TIMEOUT_S
 from bus.errors import BusError
 from bus.streams.answers import RawEntry
 from bus.streams.connection import Arg, Connection, pack
-from bus.streams.follower import entries_of
+from bus.streams.follower import entries_of, identify
 from bus.streams.reader import read_command
 from bus.streams.replies import Reply, ReplyError, row_of
 
@@ -41,6 +41,7 @@ class Doorbell:
         self._watched: set[str] = set()  # streams for which somebody waits, or did just now
         self._armed: frozenset[str] = frozenset()  # those that the server is watching
         self._watch: asyncio.Future[list[Reply]] | None = None  # while it does
+        self._silent = False  # whether the last one ended without a ring: it may be a replica
         self._ringing: asyncio.Task[None] | None = None
         self._rearming: asyncio.Task[None] | None = None
 
@@ -110,8 +111,9 @@ class Doorbell:
             while self._waiters:
                 # Whatever is waited for, streams may be added or forgotten meanwhile: so each
                 # comes alone, and between the last look and the watch nothing is waited for.
-                if self._waiting.client_id is None:
-                    await self._learn_name()
+                if self._waiting.client_id is None or self._silent:
+                    await identify(self._waiting)
+                    self._silent = False
                 elif unknown := self._watched - self._newest.keys():
                     await self._learn(list(unknown))
                 else:
@@ -126,11 +128,6 @@ class Doorbell:
                 future.set_exception(error)
         finally:
             self._ringing = None
-
-    async def _learn_name(self) -> None:
-        """Ask what the connection is called, before anything can block on it. CLIENT ID."""
-        (identity,) = await self._waiting.submit(pack(("CLIENT", "ID")))
-        self._waiting.client_id = identity if isinstance(identity, int) else 0
 
     async def _ring_once(self) -> None:
         # What others read while nothing watched a stream is behind what is watched from now on.
@@ -148,7 +145,9 @@ class Doorbell:
             replies = await self._watch
         finally:
             self._watch = None
-        for stream, entries in entries_of(replies):
+        rang = entries_of(replies)
+        self._silent = not rang
+        for stream, entries in rang:
             self._hear(stream, entries[-1][0])
             rung = self._taken([f for f, (s, _) in self._waiters.items() if stream in s])
             for future in rung:

@@ -35,18 +35,12 @@ class Follower:
         self._commands = commands  # what ends a read that blocks
 
     async def prepare(self, *, check: bool) -> None:
-        """Connect to the server that takes writes, and learn what `unblock` needs to know.
+        """Connect, and see what `unblock` needs to know: `identify`; again for a `check`.
 
-        CLIENT ID and a probe, once per connection, and when there is to be a `check`: a primary
-        that becomes a replica goes on answering, and may be cut off from what comes.
-        Errors: a transient ReplyError of a replica; it is asked again over another connection.
+        Errors: a transient ReplyError of a replica; the next time it is asked for by name again.
         """
         if check or self._connection.client_id is None:
-            packed = pack(("CLIENT", "ID")) + pack(WRITE_PROBE)
-            identity, probe = await self._connection.submit(packed, 2)
-            refuse_replica(probe)
-            # The access list may forbid asking; then reads end by their BLOCK.
-            self._connection.client_id = identity if isinstance(identity, int) else 0
+            await identify(self._connection)
 
     def read(
         self, after: Mapping[str, bytes], count: int, block_ms: int, measured: Sequence[str] = ()
@@ -72,6 +66,22 @@ class Follower:
     async def close(self) -> None:
         """Close the connection."""
         await self._connection.close()
+
+
+async def identify(connection: Connection) -> None:
+    """See whether a connection leads to the primary, and what it is called. A probe, CLIENT ID.
+
+    To be done before anything blocks on it, and now and then: a primary that becomes a replica goes
+    on answering what only reads, late, or with nothing new once it is cut off.
+    Errors: a transient ReplyError of a replica.
+    """
+    commands = [WRITE_PROBE]
+    if connection.client_id != 0:
+        commands.append(("CLIENT", "ID"))
+    probe, *identity = await connection.submit(b"".join(map(pack, commands)), len(commands))
+    refuse_replica(probe)
+    if identity:  # else it is known that the access list forbids asking; then reads end by BLOCK
+        connection.client_id = identity[0] if isinstance(identity[0], int) else 0
 
 
 def entries_of(replies: Iterable[Reply]) -> list[tuple[str, list[RawEntry]]]:

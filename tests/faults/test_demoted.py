@@ -16,7 +16,7 @@ from bus.streams.server import Standalone
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
 from tests.proxy import Proxy
-from tests.servers import ask
+from tests.servers import ask, follow_another, in_step
 from tests.witness import Witness, eventually
 
 if TYPE_CHECKING:
@@ -30,17 +30,6 @@ SOON = ("--repl-diskless-sync-delay", "0")
 
 class Said(Event, type="demoted.said"):
     n: int
-
-
-def follow_another(server: EmbeddedServer, other: str, port: str) -> None:
-    assert ask(server, "REPLICAOF", other, port) == b"+OK\r\n"
-
-
-def in_step(server: EmbeddedServer, other: EmbeddedServer) -> bool:
-    """Whether a replica has all that its primary has."""
-    here, there = (ask(s, "INFO", "replication").decode().splitlines() for s in (server, other))
-    offset = [line for line in there if line.startswith("master_repl_offset:")]
-    return "master_link_status:up" in here and offset[0] in here
 
 
 def looks(server: EmbeddedServer) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,8 @@ from bus.streams.replies import ReplyError
 from bus.streams.server import Standalone
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
-from tests.servers import ask
+from tests.proxy import Proxy
+from tests.servers import ask, follow_another, in_step
 from tests.streams.test_stream import unit, until_blocked
 from tests.witness import eventually
 from tests.worker.events import Asked
@@ -304,20 +306,68 @@ async def test_a_busy_stream_rings_for_nobody(desk, valkey_url, shared_server) -
 
 
 async def test_where_ids_may_not_be_asked_streams_are_added_soon(
-    desk, store, shared_server, monkeypatch
+    desk, valkey_url, shared_server, monkeypatch
 ) -> None:
-    """Without CLIENT ID nothing can end the wait, so it ends by itself, often."""
+    """Without CLIENT ID nothing can end the wait, so it ends by itself, often; and asks no more."""
     monkeypatch.setattr(doorbell, "_BLOCK_MS_UNNAMED", 30)
     await desk.make_groups(A, B)
     desk.readers[0]._bell._waiting.client_id = 0
     first, second = desk.read(0, A), None
     await until_blocked(shared_server("valkey-9.1"))
     desk.readers[0]._bell._waiting.client_id = 0
+    asked, watches = await calls(valkey_url, "client|id"), await calls(valkey_url, "xread")
+
+    async def again() -> bool:
+        return await calls(valkey_url, "xread") > watches + 2
+
+    await eventually(again)
+    assert await calls(valkey_url, "client|id") == asked
     second = desk.read(1, B)
     await desk.append(B, "y")
     assert values(await asyncio.wait_for(second, 5)) == [b"y"]
     await desk.append(A, "x")
     assert values(await asyncio.wait_for(first, 5)) == [b"x"]
+
+
+async def test_a_bell_leaves_a_primary_that_was_demoted_and_cuts_nobody_off(
+    private_server: PrivateServer, monkeypatch
+) -> None:
+    """It had no watch at the time, which the server would have ended."""
+    old, new = (private_server(extra_args=("--repl-diskless-sync-delay", "0")) for _ in range(2))
+    monkeypatch.setattr(doorbell, "BLOCK_MS", 50)
+    async with Proxy(old.port) as name:
+        store = StreamStore(Standalone(parse_url(name.url)), Telemetry())
+        desk = Desk(store, 20)
+        await desk.make_groups(A)
+        bell = desk.readers[0]._bell
+        reading = desk.read(0, A)
+        await eventually(lambda: bell._watch)
+        follow_another(new, "127.0.0.1", str(old.port))
+        await eventually(lambda: in_step(new, old))
+        await desk.readers[0].unblock()
+        await reading
+        await eventually(lambda: bell._ringing is None)
+        follow_another(new, "NO", "ONE")
+        follow_another(old, "127.0.0.1", "1")  # whom it does not reach
+        name.target = new.port
+        heard: list[bytes] = []
+
+        async def follow() -> None:
+            while not heard:
+                with suppress(ReplyError):
+                    heard.extend(values(await desk.read(0, A)))
+
+        following = asyncio.create_task(follow())
+        await eventually(lambda: bell._reading._link and bell._armed == {A} and bell._watch)
+        other = StreamStore(Standalone(parse_url(new.url)), Telemetry())
+        desk._store = other
+        await desk.append(A, "x")
+        await asyncio.wait_for(following, 5)
+        assert heard == [b"x"]
+        for reader in desk.readers:
+            await reader.close()
+        for each in (store, other):
+            await each.close()
 
 
 async def test_a_key_of_another_type_is_told_to_all_who_wait(desk, shared_server) -> None:
