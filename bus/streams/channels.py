@@ -51,7 +51,7 @@ class ChannelAppends:
         answer: Answer,
         at_once: bool,
     ) -> None:
-        """Append events; behind an end marker none. `channel_append.lua`; an XADD each and 3 us.
+        """Append events; behind an end marker none. `channel_append.lua`; an XADD each and 4 us.
 
         units: of one event each, see `forms.unit_of`. events: how many. The oldest above
         `limits.most` go. What `answer` is told is for `appended`, with ENDED as an error of its
