@@ -98,7 +98,7 @@ class Appender:
                 batch.events,
                 self.limits,
                 self._timeout_s,
-                again=batch.maybe_sent,
+                again_ms=batch.age_ms if batch.maybe_sent else 0,
             )
         except BusError as error:
             batch.note(error)

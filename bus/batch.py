@@ -58,6 +58,11 @@ class Batch:
         return sum([u.events for u in self.units])
 
     @property
+    def age_ms(self) -> int:
+        """How long ago it was sent first, at least 1."""
+        return int((time.perf_counter() - self.started_s) * 1000) + 1
+
+    @property
     def in_doubt(self) -> bool:
         """Whether nobody can say that it is not in.
 

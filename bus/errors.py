@@ -182,8 +182,9 @@ class ChannelGap(BusError):
     reason: "trimmed": those between `after` and `first` were dropped, at the channel's cap;
     "restarted": the channel is another than the one `after` is from, or has lost its end, and is
     read from its beginning, or on from there; "gone": it has expired, without an end.
-    after: id of the entry that the reader had last, None at the beginning. first: of the oldest
-    entry there is, None for none. Iterating over the same tail goes on, but after "gone".
+    after: id of the entry behind which they are missing, None at the beginning; a reader that had
+    waited may have been given some that follow. first: of the oldest entry there is, None for none.
+    Iterating over the same tail goes on, but after "gone".
     """
 
     def __init__(

@@ -57,9 +57,12 @@ class Appends(Protocol):
         limits: Limits,
         timeout_s: float,
         *,
-        again: bool,
+        again_ms: int,
     ) -> Appended:
-        """Do the same, and wait for the answer; again: the batch may be in already."""
+        """Do the same, and wait for the answer.
+
+        again_ms: since when the batch may be in already, 0 if it was never sent.
+        """
 
     async def room(self, stream: str, limits: Limits, entries: int) -> Room:
         """Say how much fits."""

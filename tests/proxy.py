@@ -44,12 +44,13 @@ async def listening(
 class Proxy:
     """Passes everything on, until told otherwise.
 
+    target: the port to which connections made from now on lead.
     lose_replies: how many replies, from now on, end their connection instead of arriving.
     lost: how many have been lost so far. requests: what clients have sent so far.
     """
 
     def __init__(self, port: int) -> None:
-        self._target = port
+        self.target = port
         self._listening = listening(self._serve)
         self._lost_one = asyncio.Event()
         self.url = ""
@@ -76,7 +77,7 @@ class Proxy:
         await self._listening.__aexit__(kind, error, traceback)
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
-        server, to_server = await asyncio.open_connection("127.0.0.1", self._target)
+        server, to_server = await asyncio.open_connection("127.0.0.1", self.target)
         try:
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._requests(client, to_server))

@@ -83,3 +83,15 @@ def ask(server: EmbeddedServer | MemoryServer, *words: str | bytes) -> bytes:
         connection.sendall(request + b"*1\r\n$4\r\nQUIT\r\n")
         with connection.makefile("rb") as replies:
             return replies.read().removesuffix(b"+OK\r\n")
+
+
+def follow_another(server: EmbeddedServer, other: str, port: str) -> None:
+    """Make a server the replica of another; of `NO ONE`, a primary."""
+    assert ask(server, "REPLICAOF", other, port) == b"+OK\r\n"
+
+
+def in_step(server: EmbeddedServer, other: EmbeddedServer) -> bool:
+    """Whether a replica has all that its primary has."""
+    here, there = (ask(s, "INFO", "replication").decode().splitlines() for s in (server, other))
+    offset = [line for line in there if line.startswith("master_repl_offset:")]
+    return "master_link_status:up" in here and offset[0] in here

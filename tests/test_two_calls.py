@@ -401,8 +401,8 @@ async def test_who_is_told_that_nothing_was_published_is_not_in_later(private_se
         await bus.publish(Done(n=0))
         ask(server, "SCRIPT", "FLUSH")
         publishing = asyncio.create_task(published(bus, [1]))
-        while not bus._publisher._store._publishing._writes:
-            await asyncio.sleep(0)  # until it is on its way, and no longer
+        while not bus._publisher._store._publishing._writes:  # noqa: ASYNC110 - and no longer
+            await asyncio.sleep(0)
         time.sleep(0.3)  # noqa: ASYNC251 - as a handler does that computes
         (outcome,) = await publishing
         await eventually(lambda: bus._publisher._senders[STREAM].idle)

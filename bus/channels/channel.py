@@ -3,7 +3,7 @@
 import secrets
 from datetime import timedelta
 
-from bus.channels.senders import Senders
+from bus.channels.senders import Lane, Senders
 from bus.channels.tail import ChannelTail
 from bus.config import (
     CHANNEL_MAXLEN,
@@ -63,7 +63,8 @@ class Channel:
     """A short-lived stream of one key; made by `Bus.channel`. Costs nothing until it is used.
 
     name: as it was given. key: where it is on the server. ttl: it expires so long after what was
-    published last. maxlen: about so many entries are kept, the newest.
+    published last. maxlen: about so many entries are kept, the newest. Where several objects of
+    a process say other things of one channel, it is as the one says that published last.
     """
 
     __slots__ = ("_channels", "_ended", "_lane", "key", "maxlen", "name", "ttl")
@@ -74,7 +75,7 @@ class Channel:
         self.ttl = ttl
         self.maxlen = maxlen
         self._channels = channels
-        self._lane = self.key, ttl // timedelta(milliseconds=1), maxlen
+        self._lane = Lane(self.key, ttl // timedelta(milliseconds=1), maxlen)
         self._ended = False
 
     async def publish(self, event: Event) -> Receipt:
@@ -111,12 +112,12 @@ class Channel:
             if error.code != "ENDED":
                 raise
         self._ended = True
-        self._channels.senders.forget(self._lane)
+        self._channels.senders.forget(self.key)
 
     def tail(self, after: str | None = None) -> ChannelTail:
         """Iterate over what was published and what comes, until the end. See `ChannelTail`.
 
-        after: id of an entry, to go on behind it; None for the beginning.
+        after: id of an entry, to go on behind it; None, or 0-0, for the beginning.
         Errors: DeclarationError for what is no id.
         """
         return ChannelTail(self._channels.hub, self.name, self.key, after)

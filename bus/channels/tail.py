@@ -9,13 +9,14 @@ from bus.envelope import Envelope, order
 from bus.errors import ChannelGap, DeclarationError
 from bus.history.hub import Hub
 from bus.history.patience import patiently
-from bus.history.place import Gap, Place
+from bus.history.place import START, Gap, Place
 from bus.history.pursuit import Pursuit
 from bus.history.selection import Selection
 from bus.streams.channels import END_TYPE, ChannelState
 
 _ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 _EXPIRED_S = 0.05  # after its time a channel is looked for once more
+_BEFORE_ALL = START.decode()
 _ALL = Selection(None, None, None)
 
 Reason = Literal["trimmed", "restarted", "gone"]
@@ -29,13 +30,14 @@ class ChannelTail:
     connections drop and servers restart; a cancelled wait loses nothing. All tails of a process
     share one connection, on which one XREAD reads for them all.
 
-    What cannot come is told, at its place, by a ChannelGap: entries were dropped at the cap
-    ("trimmed"); the channel is another than `after` is from ("restarted"); it has expired without
-    an end ("gone"). Iterating again goes on, after "gone" it is over. A 6.2 server does not know
-    what was dropped before a tail from the beginning has begun.
+    What cannot come is told by a ChannelGap: entries were dropped at the cap ("trimmed"); the
+    channel is another than `after` is from ("restarted"); it has expired without an end ("gone").
+    Iterating again goes on, after "gone" it is over. It is told at its place; to a tail that waits,
+    perhaps one read later. A 6.2 server does not know what was dropped before a tail from the
+    beginning has begun, nor "restarted" from "trimmed" where the new ids are beyond the old.
 
     ended: whether the end marker was read. over: whether nothing more comes. position: id of the
-    entry that came last, at first `after`.
+    entry that came last, at first `after`; None at the beginning.
     Errors: ChannelGap; WrongKeyType, PermissionDenied, after which it goes on when it is asked
     again; ServerUnreachable, if it cannot begin within 15 s; BusClosed.
     """
@@ -56,7 +58,8 @@ class ChannelTail:
     )
 
     def __init__(self, hub: Hub, name: str, key: str, after: str | None) -> None:
-        self.position = None if after is None else checked_id(after)
+        at = None if after is None else checked_id(after)
+        self.position = None if at == _BEFORE_ALL else at
         self.ended = False
         self._hub = hub
         self._name = name
@@ -121,7 +124,7 @@ class ChannelTail:
                 await self.aclose()
                 return
             else:
-                place = Place(self.position.encode(), met=after != (0, 0))
+                place = Place(self.position.encode(), met=True)
                 self._watched = True
         elif state is not None and state.trimmed:
             self._miss("trimmed", state.first.decode())
@@ -193,11 +196,13 @@ class ChannelTail:
             await self.aclose()
 
     def _tell(self, gap: Gap) -> None:
-        begun_anew = order(gap.at) < order(gap.after)
-        self._miss("restarted" if begun_anew else "trimmed", gap.first.decode())
+        begun_anew = gap.another or order(gap.at) < order(gap.after)
+        # Not where we stand: what was read at once was given before it was known to be one.
+        after = gap.after.decode()
+        self._miss("restarted" if begun_anew else "trimmed", gap.first.decode(), after)
 
-    def _miss(self, reason: Reason, first: str) -> None:
-        after = self.position
+    def _miss(self, reason: Reason, first: str, after: str | None = None) -> None:
+        after = after or self.position
         self._told.append(
             ChannelGap(_TEXTS[reason].format(self._name, after), reason, after, first or None)
         )

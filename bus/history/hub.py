@@ -178,8 +178,10 @@ class Hub:
         while not self._followed:
             self._wanted.clear()
             await self._wanted.wait()
-        await follower.prepare()
-        await self._look_about()
+        due = self._shaken or asyncio.get_running_loop().time() >= self._look_at_s
+        await follower.prepare(check=due)
+        if due:
+            await self._look_about()
         if not self._followed:
             return
         # From here to the sending nothing is awaited: no stream can be added in between.
@@ -269,13 +271,11 @@ class Hub:
             if forbidden is not None and forbidden.code == "NOPERM" and not broken:
                 # No single stream is to blame: it is the reading that is not allowed.
                 self._fail(self._members(), forbidden.explained("the streams"))
-        elif now_s >= self._look_at_s:
+        else:
             streams = list(self._followed)
             start, few = self._look_from % len(streams), min(_LOOKED_AT, len(streams))
             self._look_from = start + few
             await self._look((streams + streams)[start : start + few])
-        else:
-            return
         self._look_at_s = now_s + _LOOK_EVERY_S
 
     async def _prove(self, doubtful: list[str]) -> None:
@@ -312,7 +312,8 @@ class Hub:
         gaps = []
         proof = self._proofs.pop(stream)
         if proof is not None and extent is not None and not reaches(extent, proof.after):
-            gaps.append(Gap(stream, proof.after, proof.first, followed.place.at))
+            at = followed.place.at
+            gaps.append(Gap(stream, proof.after, proof.first, at, another=extent.whole))
         gap = followed.place.check(stream, extent)
         if gap is not None:
             gaps.append(gap)

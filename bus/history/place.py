@@ -18,12 +18,15 @@ class Gap(NamedTuple):
     """Entries may have been missed: the one at which a reader stood is gone, and older ones, too.
 
     after: where it stood. first: the oldest entry now, b"" for none. at: it goes on after this.
+    another: whether the stream is certainly another than the one it stood in: it lacks that entry,
+    and nothing was ever taken from it (6.2 does not know).
     """
 
     stream: str
     after: bytes
     first: bytes
     at: bytes
+    another: bool = False
 
 
 class Place:
@@ -93,7 +96,7 @@ class Place:
         return gap
 
     def _lost(self, stream: str, extent: Extent, at: bytes) -> Gap:
-        gap = Gap(stream, self.at, extent.first, at)
+        gap = Gap(stream, self.at, extent.first, at, another=extent.whole)
         self.at = at
         self.met = False  # so that it is told once
         return gap

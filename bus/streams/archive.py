@@ -10,10 +10,12 @@ from bus.config import PRODUCER_MEMORY_S, READ_BYTES
 from bus.streams import keys
 from bus.streams.answers import Copied, RawEntry, Returned
 from bus.streams.connection import Arg, Connection, Server
-from bus.streams.replies import Reply, ReplyError
+from bus.streams.replies import Reply, ReplyError, refuse_replica
 from bus.streams.script import Script
 from bus.telemetry import Telemetry
 
+# Adds nothing, and a replica refuses it: what only reads would never learn that it asks one.
+WRITE_PROBE: tuple[Arg, ...] = ("XADD", keys.PROBE, "NOMKSTREAM", "*", "probe", "1")
 _replay, _redrive, _lags = Script("replay"), Script("redrive"), Script("lags")
 
 
@@ -44,6 +46,15 @@ class Archive:
     async def look(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
         """Send commands that only read, in one write; errors are among the replies."""
         return await self._connection.pipeline(commands)
+
+    async def look_at_primary(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
+        """Do the same on the word of the server that takes writes; a probe goes before them.
+
+        Errors: a transient ReplyError of a replica. The next call asks whoever the name leads to.
+        """
+        probe, *replies = await self.look([WRITE_PROBE, *commands])
+        refuse_replica(probe)
+        return replies
 
     async def lags(
         self, stream: str, groups: Sequence[str], most: int

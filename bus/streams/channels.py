@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bus.streams import keys
 from bus.streams.answers import Appended, Limits, Room
 from bus.streams.archive import Archive
 from bus.streams.codec import Fields, locate
@@ -12,6 +13,7 @@ from bus.streams.results import appended
 from bus.streams.script import Script
 
 END_TYPE = "bus.channel_ended"  # of the entry behind which nothing comes
+_CLOCKS_DIFFER_MS = 60_000  # entry ids are of the server's clock, and a failover changes it
 _append = Script("channel_append")
 
 
@@ -31,13 +33,13 @@ class ChannelState(NamedTuple):
 
 
 class ChannelAppends:
-    """Appends to channels that expire `ttl_ms` after it: what a `Sender` needs of a store."""
+    """Appends to a channel that expires `ttl_ms` after it: what a `Sender` needs of a store."""
 
     calls_at_once = 1  # behind an end marker nothing comes, and that is known by the answer
 
     def __init__(self, connection: Connection, ttl_ms: int) -> None:
         self._connection = connection
-        self._ttl_ms = ttl_ms
+        self.ttl_ms = ttl_ms
 
     def append_soon(
         self,
@@ -53,14 +55,14 @@ class ChannelAppends:
         follows: bool,  # noqa: ARG002 - one call at once
         at_once: bool,
     ) -> None:
-        """Append events; behind an end marker none. `channel_append.lua`; an XADD each and 3 us.
+        """Append events; behind an end marker none. `channel_append.lua`; an XADD each and 4 us.
 
         units: of one event each, see `forms.unit_of`. events: how many. The oldest above
         `limits.most` go. What `answer` is told is for `appended`, with ENDED as an error of its
         own. at_once: nothing else is published in this turn.
         """
-        args = self._args(units, events, limits, again=False)
-        packed = _append.packed((stream,), args)
+        args = self._args(units, events, limits, back_ms=0)
+        packed = _append.packed(_beside(stream), args)
         self._connection.submit_for(answer, packed, 1, timeout_s, at_once=at_once)
 
     async def append(
@@ -73,24 +75,25 @@ class ChannelAppends:
         limits: Limits,
         timeout_s: float,
         *,
-        again: bool,
+        again_ms: int,
     ) -> Appended:
         """Do the same, and wait for the answer.
 
-        again: the batch may be in already. It is looked for from the end of the channel on, at
-        worst in all of it: 0.5 us an entry.
+        again_ms: since when the batch may be in already, 0 if it was never sent. It is looked for
+        in what was added since then and in the minute before: clocks differ. 0.5 us an entry.
         """
-        args = self._args(units, events, limits, again=again)
-        return appended([await _append.run(self._connection, (stream,), args, timeout_s)])
+        back_ms = again_ms + _CLOCKS_DIFFER_MS if again_ms else 0
+        args = self._args(units, events, limits, back_ms=back_ms)
+        return appended([await _append.run(self._connection, _beside(stream), args, timeout_s)])
 
     async def room(self, stream: str, limits: Limits, entries: int) -> Room:  # noqa: ARG002
         """Return that there is room for all: a channel drops its oldest."""
         return Room(limits.most, None, {})
 
     def _args(
-        self, units: Sequence[list[Arg]], events: int, limits: Limits, *, again: bool
+        self, units: Sequence[list[Arg]], events: int, limits: Limits, *, back_ms: int
     ) -> list[Arg]:
-        args: list[Arg] = [self._ttl_ms, limits.most, END_TYPE, 1 if again else 0, events]
+        args: list[Arg] = [self.ttl_ms, limits.most, END_TYPE, back_ms, events]
         for unit in units:
             args += unit
         return args
@@ -110,10 +113,11 @@ class ChannelStore:
     async def look(self, channel: str) -> ChannelState | None:
         """Return what a channel looks like, None if it is not there.
 
-        XINFO STREAM and PTTL, one write: the oldest and the newest entry come along.
+        A probe, XINFO STREAM and PTTL, one write: the oldest and the newest entry come along.
         Errors: WrongKeyType, PermissionDenied.
         """
-        info, left_ms = await self._archive.look([("XINFO", "STREAM", channel), ("PTTL", channel)])
+        asked: list[tuple[Arg, ...]] = [("XINFO", "STREAM", channel), ("PTTL", channel)]
+        info, left_ms = await self._archive.look_at_primary(asked)
         for reply in (info, left_ms):
             if isinstance(reply, ReplyError):
                 if reply.code == "ERR" and "no such key" in reply.text:
@@ -128,6 +132,11 @@ class ChannelStore:
             trimmed=row.get("entries-added", row["length"]) > row["length"],
             expires_ms=left_ms if left_ms >= 0 else None,
         )
+
+
+def _beside(channel: str) -> tuple[str, str]:
+    """Return the keys of the script: the channel, and the one that never exists."""
+    return channel, keys.channel_probe(channel)
 
 
 def is_end(fields: list[bytes]) -> bool:

@@ -13,12 +13,13 @@ from bus.config import BLOCK_MS, REPLY_TIMEOUT_S
 from bus.errors import BusError
 from bus.streams.answers import RawEntry
 from bus.streams.connection import Arg, Connection, pack
-from bus.streams.follower import entries_of
+from bus.streams.follower import entries_of, identify
 from bus.streams.reader import read_command
 from bus.streams.replies import Reply, ReplyError, row_of
 
 _Id = tuple[int, int]  # an entry id, as numbers
 _BLOCK_MS_UNNAMED = 100
+_OF_ITS_STREAMS = frozenset(["NOGROUP", "WRONGTYPE"])  # errors that say nothing of any others
 
 
 class Doorbell:
@@ -40,6 +41,7 @@ class Doorbell:
         self._watched: set[str] = set()  # streams for which somebody waits, or did just now
         self._armed: frozenset[str] = frozenset()  # those that the server is watching
         self._watch: asyncio.Future[list[Reply]] | None = None  # while it does
+        self._silent = False  # whether the last one ended without a ring: it may be a replica
         self._ringing: asyncio.Task[None] | None = None
         self._rearming: asyncio.Task[None] | None = None
 
@@ -62,12 +64,12 @@ class Doorbell:
 
     # --- reading
 
-    async def read(self, packed: bytes) -> list[tuple[str, list[RawEntry]]]:
+    async def read(self, streams: Sequence[str], packed: bytes) -> list[tuple[str, list[RawEntry]]]:
         """Send a read that does not block, in one write with those of others. XREADGROUP."""
         try:
             found = entries_of(await self._reading.submit(packed))
-        except BusError:
-            self._newest.clear()  # streams may begin anew
+        except BusError as error:
+            self._forget(streams, error)
             raise
         for stream, entries in found:
             if entries:
@@ -107,7 +109,12 @@ class Doorbell:
         """Ring for all who wait, as long as there are any."""
         try:
             while self._waiters:
-                if unknown := self._watched - self._newest.keys():
+                # Whatever is waited for, streams may be added or forgotten meanwhile: so each
+                # comes alone, and between the last look and the watch nothing is waited for.
+                if self._waiting.client_id is None or self._silent:
+                    await identify(self._waiting)
+                    self._silent = False
+                elif unknown := self._watched - self._newest.keys():
                     await self._learn(list(unknown))
                 else:
                     await self._ring_once()
@@ -123,9 +130,6 @@ class Doorbell:
             self._ringing = None
 
     async def _ring_once(self) -> None:
-        if self._waiting.client_id is None:  # known before anything can block
-            (identity,) = await self._waiting.submit(pack(("CLIENT", "ID")))
-            self._waiting.client_id = identity if isinstance(identity, int) else 0
         # What others read while nothing watched a stream is behind what is watched from now on.
         behind = [f for f, (streams, had) in self._waiters.items() if had != self.heard(streams)]
         for future in self._taken(behind):
@@ -141,7 +145,9 @@ class Doorbell:
             replies = await self._watch
         finally:
             self._watch = None
-        for stream, entries in entries_of(replies):
+        rang = entries_of(replies)
+        self._silent = not rang
+        for stream, entries in rang:
             self._hear(stream, entries[-1][0])
             rung = self._taken([f for f, (s, _) in self._waiters.items() if stream in s])
             for future in rung:
@@ -187,6 +193,14 @@ class Doorbell:
                 await asyncio.sleep(0)  # so that it is taken in, if it has ended
         finally:
             self._rearming = None
+
+    def _forget(self, streams: Sequence[str], error: BusError) -> None:
+        """Forget how far streams have come, which may begin anew: all, if the server may be."""
+        if isinstance(error, ReplyError) and error.code in _OF_ITS_STREAMS:
+            for stream in streams:
+                self._newest.pop(stream, None)
+        else:
+            self._newest.clear()
 
     def _hear(self, stream: str, entry_id: bytes) -> None:
         given = id_of(entry_id)
@@ -234,12 +248,12 @@ class SharedReader:
         while not self._unblocked:
             heard = self._bell.heard(streams)
             self._has_all.clear()
-            found = await self._bell.read(packed)
+            found = await self._bell.read(streams, packed)
             if all(len(entries) < count for _, entries in found):
                 self._has_all.update(zip(streams, heard, strict=True))
                 self._has_all.update((s, id_of(entries[-1][0])) for s, entries in found)
             # Also when nothing rang for so long: the group may have been moved back.
-            if found or not block_ms or not rings:
+            if found or not block_ms or not rings or self._unblocked:
                 return found
             rings = await self._wait(streams, heard, ends_at)
         return []

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from bus.config import REPLY_TIMEOUT_S
 from bus.streams.answers import RawEntry
-from bus.streams.archive import Archive
+from bus.streams.archive import WRITE_PROBE, Archive
 from bus.streams.connection import Arg, Connection, pack
-from bus.streams.replies import Reply, ReplyError, row_of
+from bus.streams.replies import Reply, ReplyError, refuse_replica, row_of
 
 _LOOKED_AT_ONCE = 100  # streams per write: two bodies come along with each
 
@@ -34,12 +34,13 @@ class Follower:
         self._connection = connection
         self._commands = commands  # what ends a read that blocks
 
-    async def prepare(self) -> None:
-        """Connect, and learn what `unblock` needs to know. CLIENT ID, once per connection."""
-        if self._connection.client_id is None:
-            (identity,) = await self._connection.submit(pack(("CLIENT", "ID")))
-            # The access list may forbid asking; then reads end by their BLOCK.
-            self._connection.client_id = identity if isinstance(identity, int) else 0
+    async def prepare(self, *, check: bool) -> None:
+        """Connect, and see what `unblock` needs to know: `identify`; again for a `check`.
+
+        Errors: a transient ReplyError of a replica; the next time it is asked for by name again.
+        """
+        if check or self._connection.client_id is None:
+            await identify(self._connection)
 
     def read(
         self, after: Mapping[str, bytes], count: int, block_ms: int, measured: Sequence[str] = ()
@@ -67,6 +68,22 @@ class Follower:
         await self._connection.close()
 
 
+async def identify(connection: Connection) -> None:
+    """See whether a connection leads to the primary, and what it is called. A probe, CLIENT ID.
+
+    To be done before anything blocks on it, and now and then: a primary that becomes a replica goes
+    on answering what only reads, late, or with nothing new once it is cut off.
+    Errors: a transient ReplyError of a replica.
+    """
+    commands = [WRITE_PROBE]
+    if connection.client_id != 0:
+        commands.append(("CLIENT", "ID"))
+    probe, *identity = await connection.submit(b"".join(map(pack, commands)), len(commands))
+    refuse_replica(probe)
+    if identity:  # else it is known that the access list forbids asking; then reads end by BLOCK
+        connection.client_id = identity[0] if isinstance(identity[0], int) else 0
+
+
 def entries_of(replies: Iterable[Reply]) -> list[tuple[str, list[RawEntry]]]:
     """Return the entries of an XREAD by stream. Errors: ReplyError."""
     (reply,) = replies
@@ -78,12 +95,12 @@ def entries_of(replies: Iterable[Reply]) -> list[tuple[str, list[RawEntry]]]:
 async def extents(archive: Archive, streams: Sequence[str]) -> list[Extent | ReplyError | None]:
     """Return where streams begin and end, None for one that is not there.
 
-    XINFO STREAM each, 100 in one write, on the connection for looking back.
+    A probe and XINFO STREAM each, 100 in one write, on the connection for looking back.
     """
     found: list[Extent | ReplyError | None] = []
     for at in range(0, len(streams), _LOOKED_AT_ONCE):
         some = streams[at : at + _LOOKED_AT_ONCE]
-        replies = await archive.look([("XINFO", "STREAM", s) for s in some])
+        replies = await archive.look_at_primary([("XINFO", "STREAM", s) for s in some])
         found += [_extent(reply) for reply in replies]
     return found
 

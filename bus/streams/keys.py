@@ -139,6 +139,11 @@ def channel(name: str) -> str:
     return f"bus:channel:{{{name}}}"
 
 
+def channel_probe(channel_key: str) -> str:
+    """Return a key that never exists, by which a script asks whether anything may be added."""
+    return f"{channel_key}:probe"
+
+
 def transaction(publisher: str, ticket: int, tag: str | None) -> str:
     """Return the key under which the server remembers a transaction.
 

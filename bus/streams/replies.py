@@ -101,6 +101,15 @@ class ReplyError(BusError):
 _SAFE_TEXT = TRANSIENT | {"STALE", "WRONGTYPE", "NOGROUP", "BUSYGROUP"}
 
 
+def refuse_replica(reply: Reply) -> None:
+    """Raise what a probe was answered by a server that is not the primary (any more).
+
+    Whatever else it says may be old: nobody is to be told by it that something is gone.
+    """
+    if isinstance(reply, ReplyError) and reply.code in NOT_THE_PRIMARY:
+        raise reply
+
+
 def row_of(flat: list[Reply]) -> dict[str, Reply]:
     """Return a row of XINFO, which RESP2 sends as a flat list of names and values."""
     return {k.decode(): v for k, v in zip(flat[::2], flat[1::2], strict=True)}

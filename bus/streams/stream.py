@@ -135,14 +135,14 @@ class StreamStore:
         limits: Limits,
         timeout_s: float,
         *,
-        again: bool = False,
+        again_ms: int = 0,
     ) -> Appended:
         """Do the same, on a server that may not know the script, and wait for the answer.
 
-        again: it may have been sent before, and what was sent may still be on its way.
+        again_ms: since when it may be in already, or on its way; 0 if it was never sent.
         """
         target, args = append_call(
-            stream, publisher, sequence, units, events, limits, follows=False, again=again
+            stream, publisher, sequence, units, events, limits, follows=False, again=again_ms > 0
         )
         return appended([await _append.run(self._publishing, target, args, timeout_s)])
 

@@ -1,6 +1,7 @@
 """A channel as Server-Sent Events: what a browser's EventSource follows, and goes on with."""
 
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -29,6 +30,7 @@ def sse(
     """Return the response that streams a channel, from where the client has left it to its end.
 
     Each entry is an event: `id` the entry id, `event` the event's type, `data` the event in JSON.
+    A type without a dot, which no class has, is left out: for a page it is a `message`.
     `event: end` is the last: the client should close, else it comes back to be told so again.
     `event: gap` says that entries cannot come: `{"reason", "after", "first"}`, see `ChannelGap`;
     what is there follows, after "gone" the end.
@@ -69,14 +71,20 @@ async def _events(tail: ChannelTail, retry_ms: int) -> AsyncGenerator[ServerSent
 
 
 def _event(envelope: Envelope) -> ServerSentEvent:
-    return ServerSentEvent(_json(envelope), event=envelope.type, id=envelope.entry_id)
+    # Whoever writes by hand may write any type; `end` and `gap` are ours, `error` and `open` the
+    # browser's own. They have no dot, and the types of classes all have one.
+    named = envelope.type if "." in envelope.type else None
+    return ServerSentEvent(_json(envelope), event=named, id=envelope.entry_id)
 
 
 def _json(envelope: Envelope) -> str:
     """Return the data as JSON, whoever wrote it; what cannot be read, as it is."""
     data = envelope.data
     if envelope.content_type == MSGPACK.encode():
-        data = msgspec.json.encode(msgspec.msgpack.decode(data))
+        # It may be none, hold what JSON cannot, or be nested too deep. A response that failed of
+        # it would fail again each time the client comes back: nothing behind it would ever come.
+        with suppress(msgspec.MsgspecError, TypeError, ValueError, RecursionError):
+            data = msgspec.json.encode(msgspec.msgpack.decode(data))
     return data.decode(errors="replace")
 
 

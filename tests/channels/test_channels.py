@@ -183,6 +183,29 @@ async def test_the_end_comes_behind_what_was_being_published_and_before_what_cam
     assert await heard(channel.tail()) == [0, 1, 2]
 
 
+async def test_all_objects_of_a_channel_publish_in_one_order_and_none_behind_the_end(
+    bus: Bus,
+) -> None:
+    plain, short = bus.channel("run"), bus.channel("run", ttl=timedelta(minutes=1))
+    small = bus.channel("run", maxlen=200)
+    objects = [plain, short, small]
+    await asyncio.gather(*(objects[n % 3].publish(Token(n=n)) for n in range(100)))
+    last = [plain.publish(Token(n=100)), short.end(), small.publish(Token(n=101))]
+    *_, late = await asyncio.gather(*last, return_exceptions=True)
+    assert isinstance(late, ChannelEnded)
+    assert await heard(plain.tail()) == list(range(101))
+
+
+async def test_a_channel_lives_as_long_and_is_as_long_as_was_said_last(valkey: Bus) -> None:
+    long, short = valkey.channel("run"), valkey.channel("run", ttl=timedelta(minutes=1), maxlen=100)
+    for of, ttl_ms, length in ((long, 3_600_000, 1000), (short, 60_000, 200), (long, 3_600_000, 1)):
+        await asyncio.gather(*(of.publish(Token(n=n)) for n in range(1000 if of is long else 1)))
+        left_ms = await eyes_of(valkey).pttl(of.key)
+        assert ttl_ms - 5_000 < left_ms <= ttl_ms
+        found = await eyes_of(valkey).xlen(of.key)
+        assert found <= length if of is short else found >= length
+
+
 async def test_entries_have_the_wire_format_of_all_others(bus: Bus) -> None:
     channel = bus.channel("run")
     receipt = await channel.publish(Token(n=1, text="ä"))
@@ -290,6 +313,62 @@ async def test_a_beginning_that_was_dropped_before_it_could_be_read_is_told(valk
     assert (told.value.reason, told.value.after) == ("trimmed", None)
     (first,) = await some(tail, 1)
     assert first > 0
+
+
+async def test_the_id_before_all_is_the_beginning(valkey: Bus) -> None:
+    begun, new = valkey.channel("begun", maxlen=100), valkey.channel("new")
+    for start in range(0, 1000, 100):
+        await say(begun, *range(start, start + 100))
+    tail = begun.tail("0-0")
+    with pytest.raises(ChannelGap) as told:
+        await anext(tail)
+    assert (told.value.reason, told.value.after) == ("trimmed", None)
+    assert (await some(tail, 1))[0] > 0
+    waiting = asyncio.create_task(anext(new.tail("00-0")))
+    await eventually(lambda: new.key in valkey._hub._followed)
+    await say(new, 1)
+    assert (await waiting).entry_id
+
+
+async def _later(bus: Bus, entry_id: str) -> bool:
+    """Whether the ids that are given now are beyond this one, also in a key that is new."""
+    seconds, microseconds = await eyes_of(bus).time()
+    return seconds * 1000 + microseconds // 1000 > int(entry_id.partition("-")[0])
+
+
+async def test_a_channel_begun_anew_is_told_from_one_that_has_dropped_entries(valkey: Bus) -> None:
+    channel = valkey.channel("run", maxlen=100)
+    *_, last = await say(channel, 1, 2, 3)
+    await eyes_of(valkey).delete(channel.key)
+    await eventually(lambda: _later(valkey, last))
+    first, _ = await say(channel, 4, 5)
+    tail = channel.tail(last)
+    with pytest.raises(ChannelGap, match="does not reach to") as told:
+        await anext(tail)
+    assert (told.value.reason, told.value.after, told.value.first) == ("restarted", last, first)
+    assert await some(tail, 2) == [4, 5]
+
+
+async def test_a_channel_begun_anew_under_a_tail_that_waits_is_told_where_it_was(
+    valkey: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes is given at once, and the gap says that it was before it."""
+    monkeypatch.setattr(hub, "BLOCK_MS", 50)
+    channel = valkey.channel("run")
+    tail = channel.tail()
+    waiting = asyncio.create_task(some(tail, 2))
+    await eventually(lambda: valkey._hub._followed)
+    (last,) = await say(channel, 1)
+    await eventually(lambda: tail.position == last)
+    await eyes_of(valkey).delete(channel.key)
+    await eventually(lambda: _later(valkey, last))
+    (first,) = await say(channel, 2)
+    assert await waiting == [1, 2]
+    with pytest.raises(ChannelGap, match=f"does not reach to {last}") as told:
+        await anext(tail)
+    assert (told.value.reason, told.value.after, told.value.first) == ("restarted", last, first)
+    await say(channel, 3)
+    assert await some(tail, 1) == [3]
 
 
 async def test_what_is_dropped_between_the_look_and_the_first_read_is_told(valkey: Bus) -> None:
@@ -476,7 +555,7 @@ async def test_a_batch_that_is_in_already_is_found_and_answered_as_before(bus: B
     async def append(*names: str) -> Appended:
         units = [unit_of(["id", n, "type", f"a.{n}", "data", "{}"]) for n in names]
         return await appends.append(
-            "bus:channel:{run}", "p", 1, units, len(units), limits, 5, again=True
+            "bus:channel:{run}", "p", 1, units, len(units), limits, 5, again_ms=1
         )
 
     first, second = await append("a", "b", "c"), await append("d")
@@ -689,7 +768,7 @@ async def test_two_thousand_channels_need_no_more_connections_than_two(
         await asyncio.gather(*(c.end() for c in some_channels))
     assert await asyncio.gather(*reading) == [[0, 1, 2, 3]] * 2_000
     assert clients(server) == connections
-    assert len(valkey._channels.senders._senders) <= 64
+    assert len(valkey._channels.senders._lines) <= 64
 
 
 async def test_a_channel_costs_a_process_little_and_unused_nearly_nothing(valkey: Bus) -> None:
@@ -722,15 +801,15 @@ def _memory(server: EmbeddedServer) -> int:
 
 
 async def test_channels_that_are_not_written_to_any_more_leave_nothing(valkey: Bus) -> None:
-    senders = valkey._channels.senders._senders
+    senders = valkey._channels.senders._lines
     for n in range(300):
         await say(valkey.channel(f"run-{n}"), 0)
         assert len(senders) <= 64
     channel = valkey.channel("run")
     await say(channel, 0)
-    assert channel._lane in senders
+    assert channel.key in senders
     await channel.end()
-    assert channel._lane not in senders
+    assert channel.key not in senders
 
 
 async def test_handlers_and_topics_know_nothing_of_channels(bus: Bus) -> None:

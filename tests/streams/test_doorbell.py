@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +17,8 @@ from bus.streams.replies import ReplyError
 from bus.streams.server import Standalone
 from bus.streams.stream import StreamStore
 from bus.telemetry import Telemetry
-from tests.servers import ask
+from tests.proxy import Proxy
+from tests.servers import ask, follow_another, in_step
 from tests.streams.test_stream import unit, until_blocked
 from tests.witness import eventually
 from tests.worker.events import Asked
@@ -204,6 +206,84 @@ class Slow:
         return answer
 
 
+async def test_a_read_that_is_on_its_way_is_ended_too(desk, shared_server) -> None:
+    await desk.make_groups(A)
+    await desk.append(A, *map(str, range(100)))
+    assert len(values(await desk.read(0, A))) == 100  # as many as it may: it asks for more at once
+    reading = desk.read(0, A)
+    await asyncio.sleep(0)  # it has asked, and has no answer
+    assert desk.readers[0]._waits is None
+    await desk.readers[0].unblock()
+    assert await asyncio.wait_for(reading, 5) == []
+    waiting = desk.read(0, A)
+    await until_blocked(shared_server("valkey-9.1"))
+    await desk.readers[0].unblock()
+    assert await asyncio.wait_for(waiting, 5) == []
+    again = desk.read(0, A)
+    await desk.append(A, "x")
+    assert values(await asyncio.wait_for(again, 5)) == [b"x"]
+
+
+async def test_a_group_that_is_missing_makes_nobody_else_look(
+    desk, valkey_url, shared_server
+) -> None:
+    """It is asked for again and again, as long as nobody makes it."""
+    await desk.make_groups(A, B)
+    waiting = [desk.read(n, A) for n in range(10)]
+    await until_blocked(shared_server("valkey-9.1"))
+    before = await calls(valkey_url, "xreadgroup")
+    with pytest.raises(ReplyError, match="NOGROUP"):
+        await desk.read(10, "bus:{nobody:0}")
+    late = desk.read(11, B)  # for this the watch is made anew
+    await eventually(lambda: desk.readers[0]._bell._armed == {A, B})
+    assert await calls(valkey_url, "xreadgroup") - before <= 4
+    await desk.append(A, "x")
+    assert [values(f) for f in await asyncio.gather(*waiting)] == [[b"x"]] * 10
+    await desk.append(B, "y")
+    assert values(await late) == [b"y"]
+
+
+class Unnamed:
+    """A connection that is told what it is called when `named` is set, and not before."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self.client_id: int | None = None
+        self.named = asyncio.Event()
+        self.asked = asyncio.Event()
+
+    def submit(self, packed: bytes, *rest: Any) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(self._submit(packed, *rest))
+
+    async def _submit(self, packed: bytes, *rest: Any) -> Any:
+        answer = await self._connection.submit(packed, *rest)
+        if b"CLIENT" in packed:
+            self.asked.set()
+            await self.named.wait()
+        return answer
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+async def test_what_is_added_or_forgotten_while_the_bell_learns_its_name_rings(desk) -> None:
+    await desk.make_groups(A, B)
+    bell = desk.readers[0]._bell
+    unnamed = bell._waiting = Unnamed(bell._waiting)
+    first = desk.read(0, A)
+    await asyncio.wait_for(unnamed.asked.wait(), 5)
+    second = desk.read(1, B)
+    await eventually(lambda: B in bell._watched)
+    with pytest.raises(ReplyError, match="NOGROUP"):
+        await desk.read(2, "bus:{nobody:0}")
+    unnamed.named.set()
+    await eventually(lambda: bell._armed == {A, B})
+    await desk.append(A, "x")
+    await desk.append(B, "y")
+    found = await asyncio.wait_for(asyncio.gather(first, second), 5)
+    assert [values(f) for f in found] == [[b"x"], [b"y"]]
+
+
 async def test_a_busy_stream_rings_for_nobody(desk, valkey_url, shared_server) -> None:
     """The bell is not rung for each event of a stream whose groups are all at work."""
     await desk.make_groups(A, B)
@@ -226,20 +306,68 @@ async def test_a_busy_stream_rings_for_nobody(desk, valkey_url, shared_server) -
 
 
 async def test_where_ids_may_not_be_asked_streams_are_added_soon(
-    desk, store, shared_server, monkeypatch
+    desk, valkey_url, shared_server, monkeypatch
 ) -> None:
-    """Without CLIENT ID nothing can end the wait, so it ends by itself, often."""
+    """Without CLIENT ID nothing can end the wait, so it ends by itself, often; and asks no more."""
     monkeypatch.setattr(doorbell, "_BLOCK_MS_UNNAMED", 30)
     await desk.make_groups(A, B)
     desk.readers[0]._bell._waiting.client_id = 0
     first, second = desk.read(0, A), None
     await until_blocked(shared_server("valkey-9.1"))
     desk.readers[0]._bell._waiting.client_id = 0
+    asked, watches = await calls(valkey_url, "client|id"), await calls(valkey_url, "xread")
+
+    async def again() -> bool:
+        return await calls(valkey_url, "xread") > watches + 2
+
+    await eventually(again)
+    assert await calls(valkey_url, "client|id") == asked
     second = desk.read(1, B)
     await desk.append(B, "y")
     assert values(await asyncio.wait_for(second, 5)) == [b"y"]
     await desk.append(A, "x")
     assert values(await asyncio.wait_for(first, 5)) == [b"x"]
+
+
+async def test_a_bell_leaves_a_primary_that_was_demoted_and_cuts_nobody_off(
+    private_server: PrivateServer, monkeypatch
+) -> None:
+    """It had no watch at the time, which the server would have ended."""
+    old, new = (private_server(extra_args=("--repl-diskless-sync-delay", "0")) for _ in range(2))
+    monkeypatch.setattr(doorbell, "BLOCK_MS", 50)
+    async with Proxy(old.port) as name:
+        store = StreamStore(Standalone(parse_url(name.url)), Telemetry())
+        desk = Desk(store, 20)
+        await desk.make_groups(A)
+        bell = desk.readers[0]._bell
+        reading = desk.read(0, A)
+        await eventually(lambda: bell._watch)
+        follow_another(new, "127.0.0.1", str(old.port))
+        await eventually(lambda: in_step(new, old))
+        await desk.readers[0].unblock()
+        await reading
+        await eventually(lambda: bell._ringing is None)
+        follow_another(new, "NO", "ONE")
+        follow_another(old, "127.0.0.1", "1")  # whom it does not reach
+        name.target = new.port
+        heard: list[bytes] = []
+
+        async def follow() -> None:
+            while not heard:
+                with suppress(ReplyError):
+                    heard.extend(values(await desk.read(0, A)))
+
+        following = asyncio.create_task(follow())
+        await eventually(lambda: bell._reading._link and bell._armed == {A} and bell._watch)
+        other = StreamStore(Standalone(parse_url(new.url)), Telemetry())
+        desk._store = other
+        await desk.append(A, "x")
+        await asyncio.wait_for(following, 5)
+        assert heard == [b"x"]
+        for reader in desk.readers:
+            await reader.close()
+        for each in (store, other):
+            await each.close()
 
 
 async def test_a_key_of_another_type_is_told_to_all_who_wait(desk, shared_server) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastapi
 import httpx
+import msgspec
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -282,10 +283,29 @@ async def test_bad_options_are_the_programs_fault(valkey: Bus, options: Any) -> 
         sse(request, valkey.channel("a"), **options)
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"\xc1", b"", b"\xd4\x05x", msgspec.msgpack.encode({(1, 2): 3}), b"\x91" * 5000 + b"\x01"],
+    ids=["not msgpack", "nothing", "an extension", "a pair as a key", "nested too deep"],
+)
+async def test_msgpack_that_json_cannot_say_is_passed_on_and_the_rest_follows(
+    valkey: Bus, data: bytes
+) -> None:
+    channel = valkey.channel("a")
+    fields = {"id": "x", "type": "a.b", "data": data, "datacontenttype": "application/msgpack"}
+    await valkey.redis.xadd(channel.key, fields)
+    await channel.publish(Packed(n=4))
+    await channel.end()
+    async with browsing(valkey) as client:
+        odd, packed, end = await all_of(client, "/runs/a")
+    assert odd.data == data.decode(errors="replace")
+    assert (json.loads(packed.data), end.event) == ({"n": 4}, "end")
+
+
 async def test_data_that_others_wrote_is_passed_on_whatever_it_is(valkey: Bus) -> None:
     channel = valkey.channel("a")
     for data in (b'{\n"n": 1\n}', b"\xff\xfe", b""):
-        await valkey.redis.xadd(channel.key, {"id": "x", "type": "a\r\nevent: end", "data": data})
+        await valkey.redis.xadd(channel.key, {"id": "x", "type": "a.\r\nevent: end", "data": data})
     await channel.publish(Token(n=4))
     await channel.end()
     async with browsing(valkey) as client:
@@ -293,7 +313,18 @@ async def test_data_that_others_wrote_is_passed_on_whatever_it_is(valkey: Bus) -
     assert json.loads(seen[0].data) == {"n": 1}
     assert "\ufffd" in seen[1].data
     assert [s.event for s in seen[-2:]] == ["web.token", "end"]
-    assert seen[0].event == "aevent: end", "a line break begins no other field"
+    assert seen[0].event == "a.event: end", "a line break begins no other field"
+
+
+@pytest.mark.parametrize("type", ["end", "gap", "error", "e\nnd", "", b"\xff"])
+async def test_no_entry_looks_like_an_end_or_a_gap(valkey: Bus, type: Any) -> None:
+    channel = valkey.channel("a")
+    await valkey.redis.xadd(channel.key, {"id": "x", "type": type, "data": "{}"})
+    await say(channel, 1)
+    await channel.end()
+    async with browsing(valkey) as client:
+        seen = await all_of(client, "/runs/a")
+    assert [s.event for s in seen] == ["message", "web.token", "end"]
 
 
 # --- the application

@@ -68,7 +68,7 @@ class MemoryChannelAppends(ChannelAppends):
 
     def __init__(self, direct: Direct, ttl_ms: int) -> None:
         self._direct = direct
-        self._ttl_ms = ttl_ms
+        self.ttl_ms = ttl_ms
 
     def append_soon(
         self,
@@ -87,7 +87,7 @@ class MemoryChannelAppends(ChannelAppends):
         """Append events, a turn of the loop later; behind an end marker none."""
 
         def go(place: Place) -> list[Reply]:
-            done = append(place, stream, self._ttl_ms, limits.most, units, again=False)
+            done = append(place, stream, self.ttl_ms, limits.most, units, again=False)
             return [as_answered(done)]
 
         self._direct.do_soon(answer, go)
@@ -102,10 +102,11 @@ class MemoryChannelAppends(ChannelAppends):
         limits: Limits,
         timeout_s: float,  # noqa: ARG002 - as above
         *,
-        again: bool,
+        again_ms: int,
     ) -> Appended:
-        """Do the same, and wait for the answer; again: the batch may be in already."""
-        return await self._direct.do(append, stream, self._ttl_ms, limits.most, units, again=again)
+        """Do the same, and wait for the answer; again_ms: see `ChannelAppends.append`."""
+        again = again_ms > 0
+        return await self._direct.do(append, stream, self.ttl_ms, limits.most, units, again=again)
 
 
 class MemoryChannels(ChannelStore):

@@ -98,7 +98,7 @@ class MemoryFollower(Follower):
     def __init__(self, place: Place) -> None:
         self._line = _Line(place)
 
-    async def prepare(self) -> None:
+    async def prepare(self, *, check: bool) -> None:  # noqa: ARG002 - there is one place only
         """Do nothing: there is no connection to be made. Errors: BusClosed."""
         self._line.direct.check_open()
 

@@ -110,7 +110,7 @@ class MemoryStore(StreamStore):
         limits: Limits,
         timeout_s: float,  # noqa: ARG002 - as above
         *,
-        again: bool = False,  # noqa: ARG002 - what is remembered says so
+        again_ms: int = 0,  # noqa: ARG002 - nothing is ever on its way
     ) -> Appended:
         """Do the same, and wait for the answer."""
         return await self._direct.do(
@@ -294,6 +294,10 @@ class MemoryArchive(Archive):
 
     def __init__(self, direct: Direct) -> None:
         self._connection = self._direct = direct
+
+    async def look_at_primary(self, commands: Sequence[tuple[Arg, ...]]) -> list[Reply]:
+        """Send commands that only read: there is no other place."""
+        return await self.look(commands)
 
     async def lags(
         self,

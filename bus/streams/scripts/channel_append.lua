@@ -1,7 +1,8 @@
 -- channel_append: add events to a channel, at most once per batch, and put off its expiry.
--- KEYS  1 the channel
+-- KEYS  1 the channel  2 one beside it that never exists
 -- ARGV  1 ms until it expires  2 most entries  3 type of the end marker
---       4 1 if the batch may be in already  5 number of events
+--       4 how many ms back to look for the batch, which may be in already; 0 if it was never sent
+--       5 number of events
 --       then per event: 1, number of arguments, field, value, ...; id, type and data come first
 -- Returns {id of the first event, events, events, 1 if the batch was in already, most entries}.
 --         Event n (from 0) has the id `ms-(seq + n)` of the first. What follows an end marker in
@@ -17,11 +18,13 @@ while taken < total do
   if ARGV[at + 5] == ends then break end
   at = at + 2 + tonumber(ARGV[at + 1])
 end
-if ARGV[4] == '1' then
+if ARGV[4] ~= '0' then
+  local now = redis.call('TIME')
+  local since = string.format('%.0f', now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[4])
   -- The newest first: it is near the end, unless others have added much meanwhile.
   local before = '+'
   while before do
-    local page = redis.call('XREVRANGE', KEYS[1], before, '-', 'COUNT', 100)
+    local page = redis.call('XREVRANGE', KEYS[1], before, since, 'COUNT', 100)
     for _, entry in ipairs(page) do
       if entry[2][1] == 'id' and entry[2][2] == last_event then
         local prefix, low = string.match(entry[1], '^(%d+%-)(%d+)$')
@@ -40,7 +43,10 @@ end
 if newest and tonumber(string.match(newest[1], '%d+$')) > 4503599627370496 then
   return redis.error_reply('ERR the last id of the channel leaves no room to count on')
 end
--- First, so that who may not do it has added nothing.
+-- The server asks whether there is memory only as long as a script has called nothing that writes,
+-- and not before PEXPIRE. This adds nothing, and is refused when it is full.
+redis.call('XADD', KEYS[2], 'NOMKSTREAM', 'MAXLEN', 0, '*', 'probe', 1)
+-- Before the entries, so that who may not do it has added nothing.
 local there = redis.call('PEXPIRE', KEYS[1], ARGV[1])
 local first, prefix, low
 at = 6
