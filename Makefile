@@ -11,7 +11,7 @@ STAMP := $(VENV)/made-for
 CHECKED := $(wildcard bus handlers demo worker.py bench examples tests/typing)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint env clean bench bench-quick bench-growth bench-own
+.PHONY: help demo test lint env clean bench bench-quick bench-growth bench-profile bench-own
 
 help: ## Say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,10 @@ bench-quick: $(STAMP) ## Measure beside the bare loops, in about a minute
 bench-growth: $(STAMP) ## Measure how costs grow, and draw docs/growth.png
 	@$(PIP) install --requirement bench/growth.txt
 	$(RUN) -m bench growth $(ARGS)
+
+bench-profile: $(STAMP) ## See where the time of our process goes (py-spy)
+	@$(PIP) install --requirement bench/profile.txt
+	$(RUN) -m bench profile $(ARGS)
 
 bench-own: $(STAMP) ## Measure what effects, looking back, a full stream, observers and events cost
 	$(RUN) -m bench own $(ARGS)

@@ -1,17 +1,20 @@
-"""What is measured: `python -m bench [compare|growth|own|channels]`."""
+"""What is measured: `python -m bench [compare|growth|own|channels|profile]`."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from bench import channels, compare, growth, own
+from bench import channels, compare, growth, own, profile
 
 
 def main() -> int:
     """Run what is asked for; the exit code is 1 when a figure misses its mark."""
     p = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     p.add_argument(
-        "what", nargs="?", default="compare", choices=("compare", "growth", "own", "channels")
+        "what",
+        nargs="?",
+        default="compare",
+        choices=("compare", "growth", "own", "channels", "profile"),
     )
     p.add_argument("--quick", action="store_true", help="ours and the bare loops, about a minute")
     p.add_argument("--rounds", type=int)
@@ -25,6 +28,8 @@ def main() -> int:
         return own.main(a.rounds or 3)
     if a.what == "channels":
         return channels.main()
+    if a.what == "profile":
+        return profile.main(a.only)
     names = list(compare.QUICK) if a.quick else list(compare.SYSTEMS)
     if a.systems:
         names = a.systems.split(",")
