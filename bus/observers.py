@@ -21,7 +21,7 @@ from bus.config import (
     OBSERVER_GRACE_S,
     OBSERVER_MAXLEN,
     OBSERVER_TOLD_S,
-    SLOT_TURN_S,
+    TURN_S,
     checked_number,
 )
 from bus.errors import BusClosed, DeclarationError, InvalidEvent, NotRunning, words_of
@@ -185,19 +185,19 @@ class Observer(_Queue, Generic[P, R]):
     async def _run(self) -> None:
         this = asyncio.current_task()
         clock = asyncio.get_running_loop().time
-        turn_ends = clock() + SLOT_TURN_S
+        turn_ends = clock() + TURN_S
         try:
             while True:
                 while self._told:
                     await self._see(*self._told.popleft())
                     if clock() > turn_ends:
                         await asyncio.sleep(0)
-                        turn_ends = clock() + SLOT_TURN_S
+                        turn_ends = clock() + TURN_S
                 self.tell_dropped()
                 if self.closed:
                     return
                 await self.more()
-                turn_ends = clock() + SLOT_TURN_S
+                turn_ends = clock() + TURN_S
         finally:
             if self._task is this:  # not if it was left behind in a loop of before
                 self._task = None

@@ -15,7 +15,7 @@ from bus.config import (
     PAGE_LEAST_BYTES,
     READ_BYTES,
     READ_COUNT,
-    SLOT_TURN_S,
+    TURN_S,
     checked_number,
 )
 from bus.envelope import Envelope, entry_time, order
@@ -115,7 +115,7 @@ async def merged(
         for stream, span in bounds.items()
     }
     loop = asyncio.get_running_loop()
-    until = loop.time() + SLOT_TURN_S
+    until = loop.time() + TURN_S
     try:
         heads = {s: _Head(page) for s, p in pages.items() if (page := await p.next())}
         while heads:
@@ -123,7 +123,7 @@ async def merged(
                 yield stream, entry
                 if loop.time() > until:
                     await asyncio.sleep(0)
-                    until = loop.time() + SLOT_TURN_S
+                    until = loop.time() + TURN_S
             for stream in [s for s, head in heads.items() if not head.entries]:
                 heads[stream] = _Head(await pages[stream].next())
                 if not heads[stream].entries:

@@ -82,6 +82,7 @@ class SingleConsumer(Consumer):
         verdict = begun
         if isinstance(verdict, Suspended):
             verdict = await self.executor.finish(slot, delivery, verdict)
+            self._turn.prolong()
         slot.started_at = 0.0
         if slot.task is not None and slot.task.cancelling():
             await self._end_cancelled(slot.task, delivery, verdict)

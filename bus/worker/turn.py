@@ -2,21 +2,32 @@
 
 import asyncio
 
-from bus.config import SLOT_TURN_S
+from bus.config import SLOT_TURN_S, SLOT_WAKE_S, TURN_S
 
 
 class Turn:
     """How long the slots of a process may run before they let the event loop have a look around.
 
-    Shared by all slots, since sixteen of them at 5 ms each would be 80 ms. `ends` is loop time. The
-    time runs from when the first of them runs again: waking thousands may take longer than a turn.
+    Shared by all slots, since sixteen of them would make it sixteen times as long. Short, because
+    acks and reads leave in between: with a turn in which all that is in hand is handled the server
+    and the worker would take turns, too. `ends` is loop time. The time runs from when the first of
+    them runs again: waking thousands may take longer than a turn.
     """
 
-    __slots__ = ("_next", "ends")
+    __slots__ = ("_began", "_is_new", "_length_s", "_next", "_waiting", "ends")
 
     def __init__(self) -> None:
         self.ends = 0.0
         self._next: asyncio.Future[None] | None = None
+        self._waiting = 0  # slots that wait for the next one
+        self._began = 0.0
+        self._length_s = SLOT_TURN_S
+        self._is_new = False  # whether none of them has run again yet
+
+    def prolong(self) -> None:
+        """Note that the loop has been round: a call that had suspended goes on. Not for ever."""
+        now = asyncio.get_running_loop().time()
+        self.ends = max(self.ends, min(now + SLOT_TURN_S, self._began + TURN_S))
 
     async def next(self) -> None:
         """Wait until the loop has been round and a new turn has begun."""
@@ -24,13 +35,20 @@ class Turn:
         if self._next is None:
             self._next = loop.create_future()
             loop.call_soon(self._begin)
+        self._waiting += 1
         try:
             await asyncio.shield(self._next)
         finally:
-            self.ends = min(self.ends, loop.time() + SLOT_TURN_S)
+            if self._is_new:
+                self._is_new = False
+                self._began = loop.time()
+                self.ends = self._began + self._length_s
 
     def _begin(self) -> None:
         waiter, self._next = self._next, None
+        woken, self._waiting = self._waiting, 0
         if waiter is not None and not waiter.done():
-            self.ends = float("inf")
+            self._is_new = True
+            self._length_s = max(SLOT_TURN_S, min(TURN_S, woken * SLOT_WAKE_S))
+            self.ends = asyncio.get_running_loop().time() + self._length_s  # for those who rested
             waiter.set_result(None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,7 @@ async def test_slots_that_need_longer_to_wake_than_a_turn_lasts_do_their_work(
 ) -> None:
     """Thousands of them, or a slow machine: the time of a turn is not that of waking them."""
     monkeypatch.setattr("bus.worker.turn.SLOT_TURN_S", 1e-6)
+    monkeypatch.setattr("bus.worker.turn.SLOT_WAKE_S", 0.0)
 
     @event_handler(Asked, group="g", concurrency=50)
     async def read(event: Asked) -> None: ...
@@ -73,6 +76,35 @@ async def test_slots_that_need_longer_to_wake_than_a_turn_lasts_do_their_work(
     async with Worker(bus, [read]) as worker:
         await bus.publish_many([Asked(n=n) for n in range(200)])
         await worker.drained()
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch": 2, "batch_wait_ms": 0}], ids=["one", "batch"])
+async def test_the_loop_goes_round_while_quick_handlers_run(
+    bus: Bus, settings: dict[str, Any]
+) -> None:
+    """Acks and reads leave in between, so that the server works while the handler does."""
+    turns, seen = 0, []
+
+    async def look_around() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    @event_handler(Asked, group="g", **settings)
+    async def compute(_: Any) -> None:
+        seen.append(turns)
+        until = time.perf_counter() + 50e-6
+        while time.perf_counter() < until:
+            pass
+
+    await bus.publish_many([Asked(n=n) for n in range(2_000)])
+    async with Worker(bus, [compute]) as worker:
+        looking = asyncio.create_task(look_around())
+        await worker.drained()
+        looking.cancel()
+    at_once = Counter(seen)  # calls by the turn of the loop in which they ran
+    assert max(at_once.values()) < 40, "2 ms of them, four times what a turn of theirs lasts"
 
 
 async def test_the_wanted_number_is_shared_by_the_streams(
