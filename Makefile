@@ -20,7 +20,7 @@ demo: $(STAMP) ## Show the bus at work on a private server: no Redis, no Docker 
 	$(RUN) worker.py --demo
 
 test: $(STAMP) ## Run the tests, on every kind of server found here
-	$(RUN) -m pytest -n 4 $(ARGS)
+	$(RUN) -m pytest -n 5 $(ARGS)
 
 lint: $(STAMP) ## Check format, lint rules and types
 	$(RUN) -m ruff format --check
