@@ -14,12 +14,13 @@ class Turn:
     them runs again: waking thousands may take longer than a turn.
     """
 
-    __slots__ = ("_began", "_is_new", "_length_s", "_next", "_waiting", "ends")
+    __slots__ = ("_began", "_is_new", "_length_s", "_many", "_next", "_waiting", "ends")
 
     def __init__(self) -> None:
         self.ends = 0.0
         self._next: asyncio.Future[None] | None = None
         self._waiting = 0  # slots that wait for the next one
+        self._many = 0.0  # how many have waited at most, of late
         self._began = 0.0
         self._length_s = SLOT_TURN_S
         self._is_new = False  # whether none of them has run again yet
@@ -49,6 +50,7 @@ class Turn:
         woken, self._waiting = self._waiting, 0
         if waiter is not None and not waiter.done():
             self._is_new = True
-            self._length_s = max(SLOT_TURN_S, min(TURN_S, woken * SLOT_WAKE_S))
+            self._many = max(woken, 0.9 * self._many)
+            self._length_s = max(SLOT_TURN_S, min(TURN_S, self._many * SLOT_WAKE_S))
             self.ends = asyncio.get_running_loop().time() + self._length_s  # for those who rested
             waiter.set_result(None)
