@@ -163,12 +163,19 @@ class Sender:
             return
         batch.attempting = False
         if self.task is not None or not self._flight or self._flight[0] is not batch:
-            # What was before it has failed: the task sends it again in its turn, and is told then.
-            batch.maybe_sent = not where.out_of_turn
+            self._answered_early(batch, where)
             return
         self._flight.pop(0)  # answers come in the order of calls
         self._settle(batch, where)
         self._go_on()
+
+    def _answered_early(self, batch: Batch, where: Appended) -> None:
+        """Take what became of one while what was before it has failed, and the task is at that."""
+        if not where.out_of_turn:
+            batch.maybe_sent = True  # it is sent again in its turn, and answered once more
+        elif batch in self._flight:  # it is not in: whose time is up meanwhile must not be later
+            self._flight.remove(batch)
+            self._line.put_back(batch.units)
 
     def _go_on(self) -> None:
         """Send more if more waits, after those who were told: what they publish now goes along."""

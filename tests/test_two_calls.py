@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,6 +53,7 @@ class Toll:
         self._listening = listening(self._serve)
         self.url = ""
         self.plan: list[str | Callable[[], Any]] = []
+        self.elsewhere: list[str | Callable[[], Any]] = []  # the same, of the other stream
         self.calls: list[tuple[int, bool]] = []
         self._late: list[bytes] = []
 
@@ -109,11 +111,12 @@ class Toll:
 
     async def _next(self, command: list[bytes]) -> str:
         """Return what to do with a command; do what comes before it."""
-        is_append = len(command) > 4 and command[3] == STREAM.encode() and b":pub:" in command[4]
-        if not is_append:
+        if len(command) < 5 or b":pub:" not in command[4]:
             return "pass"
-        self.calls.append((int(command[6]), command[14] == b"1"))
-        then = self.plan.pop(0) if self.plan else "pass"
+        plan = self.plan if command[3] == STREAM.encode() else self.elsewhere
+        if plan is self.plan:
+            self.calls.append((int(command[6]), command[14] == b"1"))
+        then = plan.pop(0) if plan else "pass"
         if isinstance(then, str):
             return then
         said = await asyncio.to_thread(then)
@@ -277,6 +280,31 @@ async def test_what_was_not_even_sent_yet_is_in_order_too(private_server, server
         await asyncio.to_thread(server.restart)
         first, _, *others = await asyncio.gather(*tasks)
     await all_are_in(server.url, [first, *others])
+
+
+async def test_one_that_came_before_its_turn_is_not_in_when_its_callers_were_told_so(url, server):
+    """It was not sent yet when the first was lost, and left first on the next connection."""
+    queued, told = threading.Event(), threading.Event()
+    async with Toll(server.port) as toll, Bus.connect(toll.url, publish_timeout_s=0.6) as bus:
+        await asyncio.gather(bus.publish(Done(n=0)), bus.publish(Elsewhere(n=0)))
+        connection, sender = bus._publisher._store._publishing, bus._publisher._senders[STREAM]
+        toll.plan = ["keep", "pass", lambda: "refuse" if told.wait(10) else "pass"]
+        toll.elsewhere = [lambda: "late" if queued.wait(10) else "pass"]
+        tasks = [asyncio.create_task(bus.publish(Done(n=1)))]
+        await eventually(lambda: connection._writes == 1)
+        tasks.append(asyncio.create_task(bus.publish(Elsewhere(n=1))))
+        await eventually(lambda: connection._writes == 2)
+        second = range(2, 2 + FOLLOW_EVENTS)
+        tasks += [asyncio.create_task(bus.publish(Done(n=n))) for n in second]
+        await eventually(lambda: connection._queue)
+        queued.set()
+        first, _, *others = await asyncio.gather(*tasks, return_exceptions=True)
+        told.set()
+        await eventually(lambda: sender.idle)
+        assert toll.plan == []
+    assert isinstance(first, PublishUnknown)
+    assert {type(o) for o in others} == {PublishTimeout}
+    assert await numbers(url) == [0]
 
 
 async def test_nobody_is_left_in_doubt_where_the_server_refuses_all(private_server, server_kind):
