@@ -362,6 +362,7 @@ class Consumer:
     async def _give_way(self, slot: Slot, *, has_run: bool) -> None:
         """Wait for the next turn; those who have not run in this one ask for it first."""
         if has_run:
+            self._turn.end()
             await self._slots.waited(slot, asyncio.sleep(0))
         await self._slots.waited(slot, self._turn.next())
 

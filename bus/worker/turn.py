@@ -14,7 +14,7 @@ class Turn:
     them runs again: waking thousands may take longer than a turn.
     """
 
-    __slots__ = ("_began", "_is_new", "_length_s", "_many", "_next", "_waiting", "ends")
+    __slots__ = ("_began", "_ended", "_is_new", "_length_s", "_many", "_next", "_waiting", "ends")
 
     def __init__(self) -> None:
         self.ends = 0.0
@@ -22,8 +22,14 @@ class Turn:
         self._waiting = 0  # slots that wait for the next one
         self._many = 0.0  # how many have waited at most, of late
         self._began = 0.0
+        self._ended = 0.0  # when the first who had run gave way
         self._length_s = SLOT_TURN_S
         self._is_new = False  # whether none of them has run again yet
+
+    def end(self) -> None:
+        """Note that one who has run gives way: until the next turn the time is that of others."""
+        if not self._ended:
+            self._ended = asyncio.get_running_loop().time()
 
     def prolong(self) -> None:
         """Note that the loop has been round: a call that had suspended goes on. Not for ever."""
@@ -42,8 +48,11 @@ class Turn:
         finally:
             if self._is_new:
                 self._is_new = False
-                self._began = loop.time()
-                self.ends = self._began + self._length_s
+                self._began = now = loop.time()
+                # As long as others took: beside busy ones, too, half of the time is theirs.
+                others_s = min(TURN_S, now - self._ended) if self._ended else 0.0
+                self._ended = 0.0
+                self.ends = now + max(self._length_s, others_s)
 
     def _begin(self) -> None:
         waiter, self._next = self._next, None

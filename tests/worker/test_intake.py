@@ -107,6 +107,32 @@ async def test_the_loop_goes_round_while_quick_handlers_run(
     assert max(at_once.values()) < 40, "2 ms of them, four times what a turn of theirs lasts"
 
 
+async def test_one_that_never_suspends_has_its_share_beside_busy_ones_that_do(bus: Bus) -> None:
+    """Sixteen calls of the other run in each round of the loop; its own turn is as long then."""
+    calls: Counter[str] = Counter()
+
+    def compute(name: str) -> None:
+        calls[name] += 1
+        until = time.perf_counter() + 200e-6
+        while time.perf_counter() < until:
+            pass
+
+    @event_handler(Asked, group="suspends", concurrency=16)
+    async def suspends(_: Asked) -> None:
+        await asyncio.sleep(0)
+        compute("suspends")
+
+    @event_handler(Asked, group="plain", concurrency=1)
+    async def plain(_: Asked) -> None:
+        compute("plain")
+
+    for _ in range(20):
+        await bus.publish_many([Asked(n=n) for n in range(500)])
+    async with Worker(bus, [suspends, plain], grace_s=0.1):
+        await eventually(lambda: calls.total() >= 3_000)
+        assert calls["plain"] > calls["suspends"] / 4
+
+
 async def test_the_wanted_number_is_shared_by_the_streams(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
