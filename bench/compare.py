@@ -132,7 +132,7 @@ class Child:
     """A process of one system that takes orders."""
 
     def __init__(self, system: System) -> None:
-        self.process = subprocess.Popen(  # noqa: S603
+        self.process = subprocess.Popen(  # noqa: S603 - our own interpreters
             [system.python, "-m", "bench.child", system.module],
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -461,7 +461,7 @@ def report(bench: Bench, versions: dict[str, str]) -> tuple[dict[str, Any], bool
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"  # noqa: PLR2004
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"  # noqa: PLR2004 - from there on nobody reads more digits
 
 
 def versions_of(names: list[str], client: Any) -> dict[str, str]:
@@ -475,7 +475,7 @@ def versions_of(names: list[str], client: Any) -> dict[str, str]:
         python = next(s.python for s in SYSTEMS.values() if s.environment == environment)
         code = "import sys, importlib.metadata as m\nfor d in m.distributions():\n"
         code += "    print(d.metadata['Name'], d.version)"
-        listed = subprocess.run(  # noqa: S603
+        listed = subprocess.run(  # noqa: S603 - our own interpreters
             [python, "-c", code], capture_output=True, text=True, check=True
         ).stdout
         for line in listed.splitlines():

@@ -60,7 +60,7 @@ def backlog(sizes: list[int], rounds: int) -> Curves:
             found["server_bytes_per_entry"][size] = used / size
             runs = [
                 bench._drained("bus", "consume", size)  # noqa: SLF001 - the same bench
-                for _ in range(rounds * (5 if size <= 10_000 else 1))  # noqa: PLR2004
+                for _ in range(rounds * (5 if size <= 10_000 else 1))  # noqa: PLR2004 - what is over sooner is noisier
             ]
             found["consume_per_s"][size] = statistics.median(r["rate"] for r in runs)
             found["worker_rss_mb"][size] = max(r["rss_mb"] for r in runs)

@@ -41,7 +41,7 @@ def measure(url: str, system: str, test: str, group: str, count: int) -> dict[st
     """Run one child and return its figures."""
     command = [sys.executable, "-m", "bench.own_child", system, test, "--url", url]
     command += ["--group", group, "--count", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own interpreter
     if done.returncode:
         raise SystemExit(f"{system} {test} failed:\n{done.stderr}")
     figures: dict[str, Any] = json.loads(done.stdout)

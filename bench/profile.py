@@ -46,7 +46,7 @@ def main(only: str) -> int:
 def _sampled(spy: str, pid: int, folder: Path) -> subprocess.Popen[bytes]:
     asked = ["record", "--pid", str(pid), "--duration", str(_S), "--rate", str(_RATE)]
     asked += ["--format", "raw", "--function", "--output", str(folder / "stacks")]
-    return subprocess.Popen([spy, *asked], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # noqa: S603
+    return subprocess.Popen([spy, *asked], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # noqa: S603 - the py-spy that was found
 
 
 def _stacks(sampling: "subprocess.Popen[bytes]", folder: Path) -> list[str]:

@@ -37,11 +37,6 @@ class Appender:
         self._timeout_s = min(patience_s, REPLY_TIMEOUT_S)
         self._all_told = asyncio.Event()  # the callers of the batch that is tried again
 
-    @property
-    def calls_at_once(self) -> int:
-        """How many calls may be on their way together."""
-        return self._store.calls_at_once
-
     def append_soon(self, batch: Batch, *, follows: bool, at_once: bool) -> None:
         """Send a batch for the first time, and let it be told the answer.
 

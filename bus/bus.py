@@ -196,7 +196,7 @@ class Bus(Local):
         await self.close()
 
     @asynccontextmanager
-    async def lifespan(self, app: object) -> AsyncGenerator[dict[str, Any], None]:  # noqa: ARG002
+    async def lifespan(self, app: object) -> AsyncGenerator[dict[str, Any], None]:  # noqa: ARG002 - frameworks hand it over
         """Be open as long as a web application is: `Starlette(lifespan=bus.lifespan)`.
 
         So for FastAPI; Litestar takes a list, `lifespan=[bus.lifespan]`. `request.state.bus` is the

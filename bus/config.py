@@ -9,7 +9,7 @@ from bus.errors import DeclarationError
 MAX_EVENT_BYTES = 256 * 1024  # an event is news, not the document: larger data belongs elsewhere
 PUBLISH_TIMEOUT_S = 30.0  # long enough for a failover, short enough for a caller to be told
 ANSWER_S = 0.1  # beyond its timeout a publish waits for an answer that is on its way
-PRODUCER_MEMORY_S = 600  # how long the server remembers a publisher's last batch
+PRODUCER_MEMORY_S = 600  # how long the server remembers a publisher's last batches
 BATCH_EVENTS = 500  # events one append takes; beyond it the server gains nothing and others wait
 BATCH_BYTES = 1024 * 1024  # the same bound for large events
 FOLLOW_EVENTS = 16  # from so many on, a second append leaves behind one that is on its way

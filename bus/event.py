@@ -231,7 +231,7 @@ def _declare(
 
 def checked_type(type: object, what: str) -> str:
     """Return `type` if it is the name of an event type, else raise DeclarationError."""
-    if not isinstance(type, str) or not _TYPE.fullmatch(type) or len(type) > 100:  # noqa: PLR2004
+    if not isinstance(type, str) or not _TYPE.fullmatch(type) or len(type) > 100:  # noqa: PLR2004 - longer ones are no names
         raise DeclarationError(
             f"{what}: type {type!r} is not a dotted name such as 'document.created'"
             f"{_of_family(type)}"

@@ -78,7 +78,7 @@ class Destination:
     async def recall(
         self,
         run: str,  # noqa: ARG002 - the others do
-        streams: Sequence[str],  # noqa: ARG002
+        streams: Sequence[str],  # noqa: ARG002 - who publishes asks nothing of them
     ) -> Memory | None:
         """Ask the server how far a run has come. None if it is not told."""
         return None

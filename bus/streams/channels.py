@@ -86,7 +86,7 @@ class ChannelAppends:
         args = self._args(units, events, limits, back_ms=back_ms)
         return appended([await _append.run(self._connection, _beside(stream), args, timeout_s)])
 
-    async def room(self, stream: str, limits: Limits, entries: int) -> Room:  # noqa: ARG002
+    async def room(self, stream: str, limits: Limits, entries: int) -> Room:  # noqa: ARG002 - it has room for any
         """Return that there is room for all: a channel drops its oldest."""
         return Room(limits.most, None, {})
 

@@ -177,7 +177,7 @@ class Located(NamedTuple):
 
 def locate(fields: list[bytes]) -> Located:
     """Find what routing needs in an entry's flat field list; the first of equal names counts."""
-    if len(fields) >= 6 and fields[4] == b"data" and fields[2] == b"type" and fields[0] == b"id":  # noqa: PLR2004
+    if len(fields) >= 6 and fields[4] == b"data" and fields[2] == b"type" and fields[0] == b"id":  # noqa: PLR2004 - names and values of three fields
         if len(fields) == 6:  # noqa: PLR2004 - id, type, data and nothing else
             return Located(fields[1], fields[3], None, None, fields[5])
         rest = fields[6:]

@@ -98,7 +98,7 @@ class _Link(asyncio.Protocol):
         assert self._writer is not None
         self.transport: asyncio.WriteTransport = self._writer.transport
         # What has come already, a refusal perhaps, came before anything was asked.
-        self.lost = self.transport.is_closing() or reader.at_eof() or bool(reader._buffer)  # type: ignore[attr-defined] # noqa: SLF001
+        self.lost = self.transport.is_closing() or reader.at_eof() or bool(reader._buffer)  # type: ignore[attr-defined] # noqa: SLF001 - no other way
         self.reader = hiredis.Reader(replyError=_reply_error, notEnoughData=_NOT_YET)
         self._owner = owner
         self._poll = select.poll()

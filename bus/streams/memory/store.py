@@ -347,7 +347,7 @@ class MemoryRights(Rights):
     def __init__(self) -> None:
         """Need no server."""
 
-    async def refused(self, words: Iterable[str]) -> dict[str, Refusal] | None:  # noqa: ARG002
+    async def refused(self, words: Iterable[str]) -> dict[str, Refusal] | None:  # noqa: ARG002 - nobody is forbidden anything
         """Refuse to say. Errors: NotSupported."""
         raise no_server("rights to look at")
 
