@@ -234,7 +234,7 @@ class Bus(Local):
     ) -> Coroutine[Any, Any, Receipt]:
         """Append one event to its topic and return where it is.
 
-        The events of one stream that are published at the same time share one script call
+        The events of one stream that are published at the same time share a script call or two
         (up to 500 events or 1 MiB), and are appended in the order of the calls. What a handler
         publishes carries its delivery's ids and an event id that a retry makes again.
 

@@ -10,7 +10,7 @@
     bus:{document:0}:workers            set: consumers that keep a lease
     bus:{document:0}:sweep:<crc32>      string, expires: who sweeps for a set of groups
     bus:{document:0}:chore:<name>       string, expires: whose turn that chore is
-    bus:{document:0}:pub:<publisher>    string, expires: a publisher's last batch
+    bus:{document:0}:pub:<publisher>    string, expires: a publisher's last two batches
     bus:{document:0}:once:<group>:<run>:<type>:<id>
                                         string, expires: an event was handled, or which entry of
                                         it may be; run: of a replay or redrive, else empty
@@ -120,7 +120,7 @@ def _short(part: bytes, reserved: str) -> str:
 
 
 def producer(stream_key: str, publisher: str) -> str:
-    """Return the key under which the server remembers a publisher's last batch."""
+    """Return the key under which the server remembers a publisher's last two batches."""
     return f"{stream_key}:pub:{publisher}"
 
 
